@@ -1,0 +1,58 @@
+# Everything that a contributor or CI runs. Needs Python 3.11+ with pip and venv; nothing else.
+#
+#   make demo     install into .venv and let the real Gemma 3 270M continue a sentence
+#   make test     install what the tests need and run them all
+#   make check    linter, formatter and generated pages, without running tests
+#   make docs     regenerate the generated pages
+#   make bench    the benchmarks of this machine
+#   make clean    remove .venv and caches of the checkout
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# The pins reach the isolated build of the package itself, too.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.PHONY: demo test check docs bench fuzz clean
+.DEFAULT_GOAL := test
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gemmakit needs Python 3.11 or newer; this is %s: set PYTHON=..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+# PyTorch first and by its exact version: a test oracle whose CPU build pip finds for that spelling.
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	@$(BIN)/gemma generate --model demo --max-new-tokens 10 'The history of computing began'
+
+test: $(VENV)/.test check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+docs: $(VENV)/.test
+	$(BIN)/python scripts/gen_docs.py
+	$(BIN)/python scripts/gen_cli_docs.py
+	$(BIN)/python scripts/support_table.py
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/bench_load.py
+	$(BIN)/python benchmarks/bench_generate.py
+
+fuzz: $(VENV)/.test
+	$(BIN)/python scripts/fuzz.py --inputs 100000
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

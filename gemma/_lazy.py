@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lazy package faces: a public name is imported from its file on first use, so `import gemma.gm` costs milliseconds.
+
+Only package `__init__` files use this; the names stay visible to `dir()`, `__all__` and star imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+
+def attach(package: str, names: Mapping[str, Sequence[str]], modules: Sequence[str] = ()):
+    """Returns `(__getattr__, __dir__, __all__)` for a package.
+
+    Args:
+      package: the package's `__name__`.
+      names: file of the package (without `.py`) to the public names that it holds.
+      modules: submodules that are public themselves.
+    """
+    home = {name: file for file, held in names.items() for name in held}
+    public = sorted([*home, *modules])
+
+    def __getattr__(name: str):
+        if name in modules:
+            return importlib.import_module(f"{package}.{name}")
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has: {', '.join(public)}")
+        value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        setattr(sys.modules[package], name, value)  # the next access is a plain attribute
+        return value
+
+    def __dir__():
+        return public
+
+    return __getattr__, __dir__, public
