@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's tensors under canonical names and axes: bound strictly first, then read one by one.
+
+`gemma.checkpoint` opens files and shows `load_tensors` to the world; names, axes and offsets come from
+`gemma.weights`. Putting arrays on devices is the frameworks' part.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemma import weights
+from gemma.errors import CheckpointError, UnsupportedError, WeightsMismatch
+from gemma.quants import PackedTensor
+
+if TYPE_CHECKING:
+    from gemma.checkpoint import Checkpoint
+    from gemma.weights import Slot, Tensor
+
+_CHUNK = 1 << 18  # elements looked at together, or bytes of 16 of them compared
+_EXPONENT = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
+
+
+class NonFiniteWarning(UserWarning):
+    """A checkpoint holds NaN or infinite weights. Raised once for each `load_tensors`."""
+
+
+class TensorReader:
+    """Reads one canonical tensor; call it with a dtype.
+
+    Attributes:
+      slot: where it is in the file (`slot.name` on disk, `slot.axes` there).
+      dtype: how it is stored, "F32", "Q4_K", ...
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tensor: Tensor, slots: Sequence[Slot], values: _ValueCheck):
+        self.slot, *self._copies = slots
+        self.dtype = checkpoint.info(self.slot.name).dtype
+        self._checkpoint, self._tensor, self._values = checkpoint, tensor, values
+
+    def __call__(self, dtype=None) -> np.ndarray:
+        """The tensor in canonical axes (`Tensor.axes`, `Tensor.shape`); padding rows of a vocabulary are fitted.
+
+        Args:
+          dtype: float32, bfloat16 or float16; None keeps plain floats as stored and makes packed ones float32.
+
+        Returns:
+          A read-only view of the file where nothing changes, else a fresh array. Norms have the GGUF's 1 removed, in
+          float32 and rounded once.
+
+        Raises:
+          CheckpointError: NaN or infinite values under `strict_values`.
+          WeightsMismatch: a stored copy of a tied tensor differs from it.
+        """
+        slot, tensor = self.slot, self._tensor
+        for copy in self._copies:
+            _check_copy(self._checkpoint, slot.name, copy.name)
+        array = self._checkpoint.read(slot.name, np.float32 if slot.offset else dtype)
+        self._values.look_at(slot.name, array)
+        array = weights.extract(array, tensor, slot)
+        if slot.offset and dtype is not None:
+            array = array.astype(dtype, copy=False)
+        return weights.fit_rows(array, tensor.shape[0]) if tensor.axes[0] == "V" else array
+
+    def packed(self) -> PackedTensor:
+        """The tensor in its stored type. UnsupportedError where the file's axes are not the canonical ones."""
+        slot = self.slot
+        plain = not slot.index and slot.rows is None and not slot.offset and slot.axes == self._tensor.axes
+        if not plain or slot.shape != self._tensor.shape:
+            raise UnsupportedError(
+                f"{self._checkpoint.path}: {slot.name} {slot.shape} is not stored as {self._tensor.axes!r} "
+                f"{self._tensor.shape}; read it as floats"
+            )
+        return self._checkpoint.packed(slot.name)
+
+
+class _ValueCheck:
+    """Counts NaN and infinity in what is read: a warning for the first tensor that has some, or an error."""
+
+    def __init__(self, path: Any, strict: bool):
+        self._path, self._strict, self._warned = path, strict, False
+
+    def look_at(self, name: str, array: np.ndarray) -> None:
+        count = count_nonfinite(array)
+        if not count:
+            return
+        found = f"{self._path}: {name} holds {count} NaN or infinite values of {array.size} (as {array.dtype})"
+        if self._strict:
+            raise CheckpointError(f"{found}; strict_values refuses them: get an undamaged file")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{found}; later tensors are not reported", NonFiniteWarning, stacklevel=4)
+
+
+def count_nonfinite(array: np.ndarray) -> int:
+    """How many values of a float array are NaN or infinite; 0 for other dtypes. Memory: one chunk."""
+    if array.dtype.name not in _EXPONENT:
+        return 0 if array.dtype.kind in "iub" else int(np.count_nonzero(~np.isfinite(array.astype(np.float64))))
+    word, mask = _EXPONENT[array.dtype.name]
+    flat = array.reshape(-1) if array.flags.c_contiguous else np.ascontiguousarray(array).reshape(-1)
+    count = 0
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
+        if word is np.uint32:
+            with np.errstate(over="ignore", invalid="ignore"):
+                if np.isfinite(np.add.reduce(part)):  # one quick pass; a sum that overflows is looked at properly
+                    continue
+        count += int(np.count_nonzero((part.view(word) & word(mask)) == word(mask)))
+    return count
+
+
+def _check_copy(checkpoint: Checkpoint, name: str, copy: str) -> None:
+    """A tied tensor stored twice must hold the same values twice."""
+    first, second = checkpoint.info(name), checkpoint.info(copy)
+    same = first.shape == second.shape
+    if same and first.dtype == second.dtype:
+        a, b = checkpoint.raw(name), checkpoint.raw(copy)
+        step = 16 * _CHUNK
+        same = all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))
+    elif same:
+        same = np.array_equal(checkpoint.read(name, np.float32), checkpoint.read(copy, np.float32))
+    if not same:
+        raise WeightsMismatch(
+            checkpoint.path,
+            unexpected=[copy],
+            hint=f"{copy} differs from {name}, but the configuration ties them: if the model was trained with its own "
+            f"output head, set tie_word_embeddings to false in the configuration",
+        )
+
+
+def load_tensors(
+    checkpoint: Checkpoint, config=None, *, text_only: bool = False, strict_values: bool = False
+) -> Iterator[tuple[Tensor, TensorReader]]:
+    """Binds a checkpoint to a configuration, strictly, and gives a reader for each tensor, in the table's order.
+
+    Binding happens at the call, before the first tensor is taken; reading happens when a reader is called.
+
+    Args:
+      checkpoint: open; it must stay open while readers are used.
+      config: of the model; None takes the checkpoint's own.
+      text_only: leave the vision tower and its projector in the file.
+      strict_values: refuse NaN and infinite values, instead of one NonFiniteWarning.
+
+    Raises:
+      WeightsMismatch: names that are missing, unexpected or of the wrong shape, all of them at once.
+    """
+    config = checkpoint.config() if config is None else config
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    bound = weights.bind(shapes, config, format=checkpoint.format, path=checkpoint.path, text_only=text_only)
+    values = _ValueCheck(checkpoint.path, strict_values)
+    wanted = [tensor for tensor in weights.tensors(config) if tensor.name in bound]
+    return iter([(tensor, TensorReader(checkpoint, tensor, bound[tensor.name], values)) for tensor in wanted])

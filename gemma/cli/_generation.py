@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From token ids to text that can be shown: decoding, stop strings, end tokens, counts and timings, for every backend.
+
+`generate` and `chat` iterate over a Generation; where the ids come from is `_backend.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from gemma.errors import ContextFull, GemmaError
+
+if TYPE_CHECKING:
+    from gemma.cli._backend import Opened
+    from gemma.sampling import SamplingParams
+
+
+class Generation:
+    """One continuation. Iterate over it once for pieces of text; then the attributes tell what happened.
+
+    Attributes:
+      ids: what was generated, the end token included if one came.
+      finish_reason: "stop" (an end token or a stop string), "length" (max_new_tokens), or None while it runs or when
+        it was interrupted.
+      stopped_by: the end token's name or the stop string, or None.
+      prompt_seconds: until the first token came: computing the prompt and, on a first run, compiling.
+      decode_seconds: from the first token to the last.
+    """
+
+    def __init__(self, opened: Opened, ids: Sequence[int], params: SamplingParams, end_ids: Collection[int]):
+        self._opened, self._prompt, self._params, self._end_ids = opened, list(ids), params, frozenset(end_ids)
+        self.ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.stopped_by: str | None = None
+        self.prompt_seconds = self.decode_seconds = 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        from gemma.sampling import StopChecker
+
+        checker, decoder = StopChecker(self._params.stop), self._opened.tokenizer.stream()
+        begin = time.perf_counter()
+        for token in self._opened.model.tokens(self._prompt, self._params, self._end_ids):
+            now = time.perf_counter()
+            if not self.ids:
+                self.prompt_seconds, begin = now - begin, now
+            self.decode_seconds = now - begin
+            self.ids.append(token)
+            if token in self._end_ids:
+                self.finish_reason, self.stopped_by = "stop", self._opened.tokenizer.piece(token)
+                break
+            text = checker.push(decoder.push(token))
+            if text:
+                yield text
+            if checker.stopped is not None:
+                break
+            if len(self.ids) >= self._params.max_new_tokens:
+                self.finish_reason = "length"
+                break
+        rest = checker.push(decoder.flush())
+        rest += checker.flush()
+        if checker.stopped is not None:
+            self.finish_reason, self.stopped_by = "stop", checker.stopped
+        if self.finish_reason is None:
+            raise GemmaError("the model stopped without an end token; this is a fault of the backend")
+        if rest:
+            yield rest
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed; the first token belongs to the prompt."""
+        return (len(self.ids) - 1) / self.decode_seconds if len(self.ids) > 1 and self.decode_seconds > 0 else None
+
+
+def context_length(opened: Opened, asked: int | None, need: int) -> int:
+    """The context to open for `need` tokens: no more than the model was made for, and than was asked for."""
+    from gemma.errors import ConfigError
+
+    most = opened.config.max_position_embeddings
+    if asked is not None and not 1 <= asked <= most:
+        raise ConfigError(f"--context: expected 1..{most} tokens, the length this model was made for, got {asked}")
+    limit = most if asked is None else asked
+    if need > limit:
+        raise ContextFull(need, limit)
+    return need if asked is None else asked

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user sees while waiting: a line on standard error that goes away; nothing at all when it is not a terminal.
+
+It appears after half a second, so quick work stays quiet. Output is `_common.py`'s `write`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+from gemma.cli._common import is_terminal
+
+_DELAY = 0.5  # seconds
+
+Update = Callable[[float, float], None]  # (done, total), in any unit
+
+
+@contextlib.contextmanager
+def waiting(message: str) -> Iterator[Update]:
+    """Shows `message` with the time that passed; calling the yielded function adds a bar."""
+    if not is_terminal(sys.stderr):
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    look = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+    bar = Progress(*look, console=Console(stderr=True), transient=True)
+    task = bar.add_task(message, total=None)
+    timer = threading.Timer(_DELAY, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+    finally:
+        timer.cancel()
+        timer.join()  # it may be starting the bar right now
+        bar.stop()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gemma generate`: continues a text. The words are streamed as they come.
+
+Decoding is `_generation.py`, the model `_backend.py`; conversations are `chat.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Annotated
+
+import typer
+
+from gemma.cli import _backend, _common
+from gemma.cli._generation import Generation, context_length
+from gemma.cli._progress import waiting
+from gemma.errors import PromptError
+
+EPILOG = ""
+
+
+def command(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The text to continue. - or a pipe: standard input.", show_default=False),
+    ] = None,
+    model: _common.Model = "demo",
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", "-f", metavar="FILE", help="Read the prompt from a UTF-8 file.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", help="Stop after N.")] = 128,
+    temperature: _common.Temperature = 0.0,
+    top_k: _common.TopK = None,
+    top_p: _common.TopP = None,
+    min_p: _common.MinP = None,
+    repetition_penalty: _common.Penalty = 1.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help=r"End before this text; may be repeated. \n is a line break."),
+    ] = None,
+    seed: _common.Seed = None,
+    echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Whether to print the prompt before it.")] = True,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print words as they come, or at the end.")
+    ] = True,
+    as_json: _common.Json = False,
+    dtype: _common.Dtype = "float32",
+    context: Annotated[
+        str | None,
+        typer.Option("--context", "-c", metavar="N", help="Most tokens of prompt and continuation: 4096, 32k."),
+    ] = None,
+    backend: _common.BackendName = "jax",
+) -> None:
+    """Continue a text and print it: the prompt, then the continuation.
+
+    Decoding is greedy unless --temperature is given, so the same command prints the same text. It ends at the model's
+    end token, at a --stop text or after --max-new-tokens. Special tokens spelled out in the prompt, such as
+    <start_of_turn>, are read as those tokens; one <bos> is put in front. One line break at the end of a file or pipe is
+    dropped. In a pipe nothing but the text and one line break is written.
+
+    \b
+    Examples:
+      gemma generate "The history of computing began" --stop "\\n"
+      gemma generate "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
+      gemma generate --prompt-file story.txt --no-echo > continuation.txt
+      echo "2 + 2 =" | gemma generate --max-new-tokens 4
+      gemma generate "Roses are red" --json --model path/to/gemma-3-1b-pt
+    """
+    from gemma import chat, fit
+    from gemma.sampling import fresh_seed
+
+    flags = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=max_new_tokens)
+    params = _common.sampling(stop or (), repetition_penalty=repetition_penalty, seed=seed, **flags)
+    params = params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())
+    text = _common.read_text(prompt, prompt_file, "prompt")
+    if not text:
+        raise PromptError(
+            'the prompt is empty: give the beginning of a text, for example "The history of computing began"'
+        )
+    asked = None if context is None else fit.parse_context(context)
+    begin = time.perf_counter()
+    opened = _backend.open_model(model, backend=backend, dtype=dtype)
+    ids = opened.tokenizer.encode(text, add_bos=True)
+    opened.model.begin(context_length(opened, asked, len(ids) + params.max_new_tokens))
+    load_seconds = time.perf_counter() - begin
+    generation = Generation(opened, ids, params, chat.end_token_ids(opened.tokenizer, opened.config))
+    pieces = iter(generation)
+    with waiting("reading the prompt"):
+        first = next(pieces, "")
+    if as_json:
+        result = _result(opened, text, ids, first + "".join(pieces), generation, params, load_seconds)
+        _common.write(json.dumps(result, ensure_ascii=False) + "\n")
+        return
+    # The prompt is printed only now: nothing that waits may write into its line.
+    _common.write((text if echo else "") + (first if stream else first + "".join(pieces)))
+    try:
+        for piece in pieces:
+            _common.write(piece)
+    finally:
+        _common.write("\n")  # also after Ctrl-C: the shell's prompt belongs on a line of its own
+
+
+def _result(opened, prompt, ids, text, generation, params, load_seconds) -> dict:
+    """What --json prints; times in seconds."""
+    return {
+        "model": opened.name,
+        "prompt": prompt,
+        "text": text,
+        "prompt_ids": ids,
+        "ids": generation.ids,
+        "finish_reason": generation.finish_reason,
+        "stopped_by": generation.stopped_by,
+        "seed": None if params.greedy else params.seed,
+        "counts": {"prompt": len(ids), "generated": len(generation.ids)},
+        "timings": {
+            "load": round(load_seconds, 4),
+            "prompt": round(generation.prompt_seconds, 4),
+            "decode": round(generation.decode_seconds, 4),
+            "tokens_per_second": generation.tokens_per_second and round(generation.tokens_per_second, 2),
+        },
+    }

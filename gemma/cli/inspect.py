@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gemma inspect`: what a checkpoint is and holds. Reads headers only, whatever the size; loads no framework.
+
+Reading is `gemma/checkpoint.py`, memory arithmetic `gemma/fit.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from gemma.cli import _common
+
+EPILOG = ""
+_FORMATS = {"gguf": "GGUF", "hf": "safetensors, Hugging Face names"}
+
+
+def command(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A .gguf or .safetensors file, a Hugging Face folder, or demo.")
+    ],
+    context: Annotated[
+        str, typer.Option("--context", "-c", metavar="N", help="Tokens for the memory estimate: 4096, 32k.")
+    ] = "4096",
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: _common.Json = False,
+) -> None:
+    """Show what a checkpoint is and holds.
+
+    That is its format, configuration, types and sizes of tensors, tokenizer, and the memory it needs at a context
+    length.
+
+    \b
+    Examples:
+      gemma inspect demo
+      gemma inspect model.gguf --tensors
+      gemma inspect path/to/gemma-3-4b-it --context 32k --json
+    """
+    from gemma import checkpoint, fit, hub
+
+    tokens = fit.parse_context(context)
+    with checkpoint.open_checkpoint(hub.resolve(file)) as opened:
+        report = _report(opened, tokens)
+    if as_json:
+        _common.write(json.dumps(report, default=str) + "\n")
+        return
+    _print(report)
+    if tensors:
+        _common.write("\ntensors\n" + _tensor_table(report["tensors"]))
+
+
+def _report(opened, tokens: int) -> dict[str, Any]:
+    """Everything that is shown, as plain data: what --json prints."""
+    from gemma import fit
+
+    config = opened.config()
+    infos = list(opened.tensors.values())
+    by_type: dict[str, list[int]] = {}
+    for info in infos:
+        row = by_type.setdefault(info.dtype, [0, 0, 0])
+        row[0], row[1], row[2] = row[0] + 1, row[1] + math.prod(info.shape), row[2] + info.nbytes
+    stored = sum(info.nbytes for info in infos)
+    tokens = min(tokens, fit.decoder(config).max_position_embeddings)
+    choices = [("as stored", stored, 2), ("bfloat16", "bfloat16", 2), ("float32", "float32", 4)]
+    memory = {
+        name: fit.estimate(config, tokens, weight_bytes=weights, cache_bytes_per_value=size)
+        for name, weights, size in choices
+    }
+    return {
+        "path": str(opened.path),
+        "format": opened.format,
+        "files": Counter(str(info.file) for info in infos),
+        "bytes": stored,
+        "shape_of": _same_shape(config),
+        "parameters": config.num_parameters,
+        "config": {"class": type(config).__name__} | dataclasses.asdict(config),
+        "types": {name: dict(zip(("tensors", "values", "bytes"), row)) for name, row in by_type.items()},
+        "tokenizer": _tokenizer(opened),
+        "memory": {"context": tokens} | {k: dataclasses.asdict(e) | {"total": e.total} for k, e in memory.items()},
+        "tensors": [
+            {"name": i.name, "type": i.dtype, "shape": list(i.shape), "bytes": i.nbytes, "offset": i.offset}
+            for i in infos
+        ],
+    }
+
+
+def _same_shape(config) -> list[str]:
+    """Presets of the same sizes; several sizes of fine-tunes may share one."""
+    from gemma.config import PRESETS, GemmaConfig
+
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+    def key(c):
+        return tuple(getattr(c, name) for name in (*sizes, "head_dim", "layer_pattern", "sliding_window"))
+
+    if not isinstance(config, GemmaConfig):
+        return [name for name, c in PRESETS.items() if c == config]
+    return [name for name, c in PRESETS.items() if isinstance(c, GemmaConfig) and key(c) == key(config)]
+
+
+def _tokenizer(opened) -> dict[str, Any] | None:
+    source = opened.tokenizer_source()
+    if source is None:
+        return None
+    where = None if source.path is None else str(source.path)
+    pieces = getattr(source, "pieces", None)
+    return {"kind": source.kind, "path": where, "pieces": None if pieces is None else len(pieces)}
+
+
+def _print(report: dict[str, Any]) -> None:
+    from gemma.fit import format_bytes as size
+
+    tokenizer = report["tokenizer"]
+    if tokenizer is None:
+        about = "none in these files"
+    else:
+        about = {"gguf": "inside the file", "sentencepiece": "SentencePiece"}.get(tokenizer["kind"], tokenizer["kind"])
+        about += f", {tokenizer['pieces']:,} pieces" if tokenizer["pieces"] else ""
+        about += f", {tokenizer['path']}" if tokenizer["path"] and tokenizer["kind"] != "gguf" else ""
+    config = report["config"]
+    files = len(report["files"])
+    head = [
+        ("format", _FORMATS.get(report["format"], report["format"]) + (f", {files} files" if files > 1 else "")),
+        ("weights", f"{size(report['bytes'])} in {len(report['tensors'])} tensors"),
+        ("parameters", f"{report['parameters']:,}"),
+        ("sizes of", ", ".join(report["shape_of"]) or "no preset"),
+        ("tokenizer", about),
+    ]
+    _common.write(f"{report['path']}\n{_common.columns(head)}\nconfiguration ({config['class']})\n")
+    _common.write(_common.columns(_flat({k: v for k, v in config.items() if k != "class"})))
+    rows = [("type", "tensors", "values", "size", "bits each")]
+    for name, row in sorted(report["types"].items(), key=lambda item: -item[1]["bytes"]):
+        bits = 8 * row["bytes"] / row["values"] if row["values"] else 0.0
+        rows.append((name, row["tensors"], f"{row['values']:,}", size(row["bytes"]), f"{bits:.2f}"))
+    _common.write("\ntypes\n" + _common.columns(rows, right=[1, 2, 3, 4]))
+    memory = dict(report["memory"])
+    rows = [("weights", "weights", "cache", "activations", "total")]
+    _common.write(f"\nmemory for {memory.pop('context'):,} tokens\n")
+    for name, e in memory.items():
+        rows.append((name, *(size(e[part]) for part in ("weights", "cache", "activations", "total"))))
+    _common.write(_common.columns(rows, right=[1, 2, 3, 4]))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested configurations as "vision.hidden_size" rows; what is not set is left out."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            rows.append((prefix + name, value))
+    return rows
+
+
+def _tensor_table(tensors: list[dict[str, Any]]) -> str:
+    rows = [("name", "type", "shape", "bytes", "offset")]
+    rows += [(t["name"], t["type"], " x ".join(map(str, t["shape"])), t["bytes"], t["offset"]) for t in tensors]
+    return _common.columns(rows, right=[3, 4])

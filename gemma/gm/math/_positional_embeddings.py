@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embedding (RoPE), half-split form: pair j is (j, j + H/2).
+
+Angles are float32 from integer positions, divided in the order `position / base**(2j/H) / scale`, whatever the dtype of
+the network: in bfloat16 the positions 256 and 257 would be one. Which base and scale a layer uses is in its
+`LayerSpec` (gemma/config.py). Source: https://arxiv.org/abs/2104.09864.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma.errors import ConfigError
+from gemma.gm.typing import Array, Float, Int
+
+
+def rope_table(
+    positions: Int[Array, "*B T"],
+    *,
+    head_dim: int,
+    base_frequency: float,
+    scale_factor: float = 1.0,
+    rope_proportion: float = 1.0,
+) -> tuple[Float[Array, "*B T H/2"], Float[Array, "*B T H/2"]]:
+    """Sine and cosine of the rotation angles, float32; one table serves every layer of a kind.
+
+    Args:
+      positions: 0-based positions, in tokens.
+      head_dim: H, even.
+      base_frequency: the wavelength's base (10,000 or 1,000,000).
+      scale_factor: positions are divided by it; at least 1.
+      rope_proportion: share of the H/2 pairs that rotate, the first ones; the others keep the angle 0.
+    """
+    if scale_factor < 1.0:
+        raise ConfigError(f"scale_factor must be >= 1.0, got {scale_factor}")
+    pairs = head_dim // 2
+    rotating = int(rope_proportion * head_dim // 2)
+    exact = np.float64(base_frequency) ** (2.0 * np.arange(rotating) / head_dim)
+    timescale = np.concatenate([exact, np.full(pairs - rotating, np.inf)]).astype(np.float32)
+    # The barrier keeps XLA from replacing the division by a product with the rounded reciprocal, which would make the
+    # angles of a compiled program differ from those of an eager one.
+    timescale = jax.lax.optimization_barrier(jnp.asarray(timescale))
+    timescale = timescale.reshape((1,) * positions.ndim + (pairs,))
+    angle = positions.astype(jnp.float32)[..., None] / timescale
+    if scale_factor != 1.0:
+        angle = angle / jax.lax.optimization_barrier(jnp.float32(scale_factor))
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def rotate(
+    inputs: Float[Array, "*B T N H"], sin: Float[Array, "*B T H/2"], cos: Float[Array, "*B T H/2"]
+) -> Float[Array, "*B T N H"]:
+    """Rotates the pairs of every head by a table of `rope_table`: computed in float32, returned in the input's dtype."""
+    first, second = jnp.split(inputs.astype(jnp.float32), 2, axis=-1)
+    sin, cos = sin[..., None, :], cos[..., None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(inputs.dtype)
+
+
+def apply_rope(
+    inputs: Float[Array, "*B T N H"],
+    positions: Int[Array, "*B T"],
+    *,
+    base_frequency: float,
+    scale_factor: float = 1.0,
+    rope_proportion: float = 1.0,
+) -> Float[Array, "*B T N H"]:
+    """Applies RoPE to queries or keys.
+
+    Args:
+      inputs: one vector of size H per head.
+      positions: 0-based positions, in tokens.
+      base_frequency: the wavelength's base.
+      scale_factor: positions are divided by it (linear scaling); at least 1, else ConfigError (a ValueError).
+      rope_proportion: share of the pairs that rotate.
+
+    Returns:
+      The rotated vectors, in the dtype of `inputs`.
+    """
+    sin, cos = rope_table(
+        positions,
+        head_dim=inputs.shape[-1],
+        base_frequency=base_frequency,
+        scale_factor=scale_factor,
+        rope_proportion=rope_proportion,
+    )
+    return rotate(inputs, sin, cos)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Key/value caches: their two layouts, how they are made, and how a step writes into them.
+
+Full layout (a plain dictionary): every layer holds `cache_length` slots, and all rows of a batch are written at the
+same slot. The caller says with `positions` and `attention_mask` what the slots hold.
+
+Windowed layout (`WindowedCache`): a local layer holds a ring of its window, a global layer `cache_length` slots. Rows
+may stand at different places, padding is not stored, and the masks follow from the cache itself:
+
+    window 4, after the tokens a b c d e f     slot       0 1 2 3
+                                               token      e f c d
+                                               positions  4 5 2 3      (-1: nothing stored)
+                                               end_index  6            (tokens stored so far, by row)
+
+Per layer, `layer_{i}`: k and v [B, S, K, H], positions int32 [B, S], end_index int32 [B]. K is stored after its norm
+and RoPE. Which keys a query may see is in `_plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from gemma.config import LayerSpec
+from gemma.errors import ConfigError
+from gemma.gm.typing import Array, Bool, DType, Int, Sharding
+
+LayerCache = dict[str, Array]
+Cache = dict[str, LayerCache]
+
+EMPTY = -1  # position of a slot that holds nothing
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class WindowedCache(dict):
+    """A cache in the windowed layout; JAX treats it as a dictionary and keeps its type.
+
+    Attributes:
+      cache_length: tokens that fit; beyond them the oldest are overwritten.
+    """
+
+    def __init__(self, layers: Any = (), *, cache_length: int):
+        super().__init__(layers)
+        self.cache_length = cache_length
+
+    def tree_flatten_with_keys(self):
+        names = tuple(sorted(self))
+        return tuple((jax.tree_util.DictKey(name), self[name]) for name in names), (names, self.cache_length)
+
+    @classmethod
+    def tree_unflatten(cls, static, layers):
+        names, cache_length = static
+        return cls(zip(names, layers), cache_length=cache_length)
+
+
+def init_layer(batch_size: int, length: int, num_kv_heads: int, head_dim: int, dtype: DType, empty: int) -> LayerCache:
+    """One layer's empty cache; `empty` is the position that unwritten slots show."""
+    shape = (batch_size, length, num_kv_heads, head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "end_index": jnp.zeros((batch_size,), jnp.int32),
+        "positions": jnp.full((batch_size, length), empty, jnp.int32),
+    }
+
+
+def init_cache(
+    layers: Sequence[LayerSpec],
+    batch_size: int,
+    dtype: DType,
+    cache_length: int,
+    *,
+    windowed: bool = False,
+    sharding: Sharding | None = None,
+) -> Cache:
+    """An empty cache of either layout for `cache_length` tokens.
+
+    In the windowed layout, k and v of one row take exactly `GemmaConfig.cache_bytes(cache_length, bytes_per_value)`.
+    """
+    for name, value in (("batch_size", batch_size), ("cache_length", cache_length)):
+        if value < 1:
+            raise ConfigError(f"init_cache: {name} must be at least 1, got {value}")
+
+    def make() -> Cache:
+        cache = {
+            f"layer_{spec.index}": init_layer(
+                batch_size,
+                spec.cache_length(cache_length) if windowed else cache_length,
+                spec.num_kv_heads,
+                spec.head_dim,
+                dtype,
+                EMPTY if windowed else 0,
+            )
+            for spec in layers
+        }
+        return WindowedCache(cache, cache_length=cache_length) if windowed else cache
+
+    return make() if sharding is None else jax.jit(make, out_shardings=sharding)()
+
+
+# How a step writes. Each kind of write is made once per step for all layers of a kind (`_plan.py`), and its `store`
+# returns what the queries of one layer look at and the layer's new cache.
+
+
+@flax.struct.dataclass
+class BlockWrite:
+    """Full layout: the chunk goes to slots start .. start + T - 1 of every row."""
+
+    start: Int[Array, ""]
+    end_index: Int[Array, "B"]  # after the write
+    positions: Int[Array, "B S"]  # after the write
+
+    def store(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array, LayerCache]:
+        zero = jnp.zeros_like(self.start)
+        at = (zero, self.start, zero, zero)
+        k, v = (
+            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+            for old, new in ((cache["k"], k), (cache["v"], v))
+        )
+        return k, v, {"k": k, "v": v, "end_index": self.end_index, "positions": self.positions}
+
+
+@flax.struct.dataclass
+class TokenWrite:
+    """Windowed layout, one token: each row writes its own slot, in place if the cache is donated."""
+
+    slot: Int[Array, "B"]  # S for a row that writes nothing
+    end_index: Int[Array, "B"]
+    positions: Int[Array, "B S"]
+
+    def store(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array, LayerCache]:
+        rows = jnp.arange(self.slot.shape[0])
+        k, v = (
+            old.at[rows, self.slot].set(new[:, 0].astype(old.dtype), mode="drop", unique_indices=True)
+            for old, new in ((cache["k"], k), (cache["v"], v))
+        )
+        return k, v, {"k": k, "v": v, "end_index": self.end_index, "positions": self.positions}
+
+
+@flax.struct.dataclass
+class ChunkWrite:
+    """Windowed layout, several tokens: each slot says which token of the chunk lands in it.
+
+    A ring is read before it is written, because its oldest slots are still inside the window of the chunk's first
+    queries: they look at the ring as it was, followed by the chunk.
+    """
+
+    source: Int[Array, "B S"]  # index into the chunk, or -1: the slot keeps what it holds
+    end_index: Int[Array, "B"]
+    positions: Int[Array, "B S"]
+    read_first: bool = flax.struct.field(pytree_node=False)
+
+    def store(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array, LayerCache]:
+        k, v = k.astype(cache["k"].dtype), v.astype(cache["v"].dtype)
+        new_k, new_v = (self._scatter(old, new) for old, new in ((cache["k"], k), (cache["v"], v)))
+        new = {"k": new_k, "v": new_v, "end_index": self.end_index, "positions": self.positions}
+        if self.read_first:
+            return jnp.concatenate([cache["k"], k], axis=1), jnp.concatenate([cache["v"], v], axis=1), new
+        return new_k, new_v, new
+
+    def _scatter(self, old: Array, new: Array) -> Array:
+        source = self.source[:, :, None, None]
+        return jnp.where(source >= 0, jnp.take_along_axis(new, jnp.maximum(source, 0), axis=1), old)
+
+
+def plan_block_write(cache: LayerCache, positions: Int[Array, "B T"]) -> BlockWrite:
+    """The write of a chunk into one layer of the full layout."""
+    length = cache["positions"].shape[1]
+    start = cache["end_index"][0] % length
+    stored = jax.lax.dynamic_update_slice(cache["positions"], positions, (jnp.zeros_like(start), start))
+    return BlockWrite(start, cache["end_index"] + positions.shape[1], stored)
+
+
+def plan_ring_write(
+    cache: LayerCache, positions: Int[Array, "B T"], valid: Bool[Array, "B T"], *, window: int | None
+) -> TokenWrite | ChunkWrite:
+    """The write of a chunk into one layer of the windowed layout; tokens that are not `valid` are not stored."""
+    slots, length = cache["positions"].shape[1], positions.shape[1]
+    before = cache["end_index"]
+    after = before + jnp.sum(valid, axis=1, dtype=jnp.int32)
+    if length == 1:
+        slot = jnp.where(valid[:, 0], before % slots, slots)
+        rows = jnp.arange(slot.shape[0])
+        stored = cache["positions"].at[rows, slot].set(positions[:, 0], mode="drop", unique_indices=True)
+        return TokenWrite(slot, after, stored)
+    # The token stored last in slot s has, among its row's tokens, the greatest number below `after` that is s mod S.
+    number = newest_number(after, slots)  # [B, S]
+    rank = number - before[:, None]  # among the valid tokens of the chunk
+    order = jnp.argsort(~valid, axis=1, stable=True).astype(jnp.int32)  # the valid tokens' indices first, in order
+    source = jnp.where(rank >= 0, jnp.take_along_axis(order, jnp.clip(rank, 0, length - 1), axis=1), -1)
+    stored = jnp.take_along_axis(positions, jnp.maximum(source, 0), axis=1)
+    stored = jnp.where(source >= 0, stored, cache["positions"])
+    return ChunkWrite(source, after, stored, read_first=window is not None and slots >= window)
+
+
+def newest_number(count: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
+    """The number, among a row's `count` stored tokens, of the one that each slot holds; negative: none."""
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    last = count[:, None] - 1
+    return last - (last - slot) % slots

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers that hold one parameter each: a weight with its einsum, and the norm. Blocks of them are in `_modules.py`.
+
+Activations keep the dtype of the weights. `dtype` is always the dtype in which a parameter is created, float32 unless
+given; a parameter that is passed in keeps its own. Axis letters are those of docs/axes.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gemma.errors import ShapeError
+from gemma.gm.typing import Array, DType, Float
+
+
+def common_dtype(x: Array, w: Array) -> jnp.dtype:
+    """The dtype in which activations `x` meet weights `w`: the wider float of the two; integers take the weight's."""
+    if x.dtype == w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        return w.dtype
+    if x.dtype.itemsize == w.dtype.itemsize:  # bfloat16 and float16: neither holds the other
+        return jnp.dtype(jnp.float32)
+    return max(x.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
+
+
+def weight_einsum(eqn: str, x: Array, w: Array, *, accumulate: DType | None = None) -> Array:
+    """`jnp.einsum(eqn, x, w)`; every product with a weight goes through here.
+
+    The weight is only reshaped, never transposed: XLA would otherwise copy the whole of it in every decoding step.
+
+    Args:
+      eqn: the equation, activations first.
+      x: activations.
+      w: weight.
+      accumulate: dtype of the sum and of the result; None: the dtype of the operands.
+
+    Raises:
+      ShapeError: (a ValueError) the axes that are summed over differ in size.
+    """
+    dtype = common_dtype(x, w)
+    x, w = x.astype(dtype), w.astype(dtype)
+    roles = _roles(eqn)
+    if roles is None:
+        return jnp.einsum(eqn, x, w, preferred_element_type=accumulate)
+    lead, contracted, ahead = roles
+    rows, summed = x.shape[: x.ndim - contracted], x.shape[x.ndim - contracted :]
+    tail = w.shape[lead + contracted :]
+    if summed != w.shape[lead : lead + contracted]:
+        raise ShapeError(f"einsum {eqn!r}: activations {x.shape} do not fit the weight {w.shape}")
+    size = math.prod(summed)
+    x = x.reshape(-1, size)
+    if lead and tail:
+        if x.shape[0] > _FEW_ROWS:
+            return jnp.einsum(eqn, x.reshape(*rows, *summed), w, preferred_element_type=accumulate)
+        w3 = w.reshape(-1, size, math.prod(tail))
+        x3 = jnp.broadcast_to(x[None], (w3.shape[0], *x.shape))
+        y = jax.lax.dot_general(x3, w3, (((2,), (1,)), ((0,), (0,))), preferred_element_type=accumulate)
+        y = jnp.swapaxes(y, 0, 1)
+    else:
+        w2 = w.reshape(-1, size) if lead else w.reshape(size, -1)
+        y = jax.lax.dot_general(x, w2, (((1,), (1 if lead else 0,)), ((), ())), preferred_element_type=accumulate)
+    y = y.reshape(*rows, *w.shape[:lead], *tail)
+    return jnp.moveaxis(y, range(len(rows), len(rows) + ahead), range(ahead)) if ahead else y
+
+
+# Up to so many rows, a weight whose summed axis is in its middle is multiplied once per leading index; for more rows,
+# one transposed copy of the weight costs less than the copies of the activations.
+_FEW_ROWS = 64
+
+
+@functools.lru_cache(maxsize=256)
+def _roles(eqn: str) -> tuple[int, int, int] | None:
+    """How the axes of a weight are used, or None where the equation is of another kind.
+
+    Returns:
+      The number of axes of the weight before the summed ones, of the summed ones, and of those that the result names
+      before the rows: "BTD,CKDH->CBTKH" gives (2, 1, 1).
+    """
+    found = re.fullmatch(r"([A-Za-z.]+),([A-Za-z]+)->([A-Za-z.]+)", eqn.replace(" ", ""))
+    if found is None:
+        return None
+    x_axes, w_axes, out_axes = found.groups()
+    summed = "".join(axis for axis in w_axes if axis not in out_axes)
+    rows = x_axes.removesuffix(summed)
+    if not summed or not rows or rows == x_axes or summed not in w_axes or rows not in out_axes:
+        return None
+    lead, _, tail = w_axes.partition(summed)
+    ahead, _, behind = out_axes.partition(rows)
+    return (len(lead), len(summed), len(ahead)) if ahead + behind == lead + tail else None
+
+
+class Einsum(nn.Module):
+    """A weight, and the einsum of activations with it.
+
+    Attributes:
+      shape: of the weight.
+      weight_name: of the parameter.
+      initializer: `f(key, shape, dtype)`.
+      dtype: in which the parameter is created; None: float32.
+    """
+
+    shape: tuple[int, ...]
+    weight_name: str = "w"
+    initializer: Callable[..., Array] = nn.initializers.normal()
+    dtype: DType | None = None
+
+    @nn.compact
+    def __call__(self, eqn: str, x: Array) -> Array:
+        w = self.param(self.weight_name, self.initializer, self.shape, self.dtype or jnp.float32)
+        return weight_einsum(eqn, x, w)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, `x / sqrt(mean(x**2) + eps) * (1 + scale)` over the last axis.
+
+    Computed in float32 whatever the dtype of x, and returned in that dtype. Equivalent to Gemma3RMSNorm of Hugging
+    Face transformers.
+    """
+
+    eps: float = 1e-6
+    dtype: DType | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],), self.dtype or jnp.float32)
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = (1 + scale.astype(jnp.float32)).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * inverse * scale).astype(x.dtype)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder: tokens in, logits and a new cache out. The models with sizes are in `_gemma.py`.
+
+`Transformer.__call__` is not jitted: whoever calls it often (a sampler, a training step) jits around it, so a wrapper
+that intercepts its layers (LoRA, quantization) can never meet a program compiled for another wrapper.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gemma.config import GemmaConfig
+from gemma.errors import PromptError, ShapeError
+from gemma.gm.math import _pos_utils
+from gemma.gm.nn import _cache, _layers, _modules, _plan
+from gemma.gm.nn._config import ModelInfo, TransformerConfig
+from gemma.gm.typing import Array, Bool, DType, Float, Int, Sharding, UInt8
+from gemma.gm.utils import _jax_utils
+
+REQUIRED = "__KEY_REQUIRED__"  # a trainer must say where this input comes from
+
+
+@flax.struct.dataclass
+class Output:
+    """Result of a forward pass.
+
+    Attributes:
+      logits: [*B, T, V], or [*B, V] with `return_last_only`, in the dtype of the weights.
+      cache: the new cache, if one was passed.
+      hidden_states: [*B, T, D] or [*B, D] after the final norm, if asked for.
+    """
+
+    logits: Float[Array, "*B T V"] | Float[Array, "*B V"]
+    cache: _cache.Cache | None
+    hidden_states: Float[Array, "*B T D"] | Float[Array, "*B D"] | None
+
+
+class Transformer(nn.Module, kw_only=True):
+    """A Gemma decoder of any configuration.
+
+    Attributes:
+      config: sizes and layer kinds.
+      dtype: in which parameters are created.
+      return_last_only: only the logits after the last token of each row; may be given here or at the call.
+      tokens: where a trainer finds the input of this name in its batch; likewise the next three.
+      images: see `tokens`.
+      positions: see `tokens`.
+      attention_mask: see `tokens`.
+    """
+
+    config: TransformerConfig
+    dtype: DType = jnp.bfloat16
+    return_last_only: bool | None = None
+    tokens: str = REQUIRED
+    images: str | None = None
+    positions: str | None = None
+    attention_mask: str | None = None
+
+    INFO: ClassVar[ModelInfo] = ModelInfo()
+
+    @classmethod
+    def from_config(cls, config: GemmaConfig, *, dtype: DType = jnp.bfloat16, **fields: Any) -> Transformer:
+        """The network of any GemmaConfig, such as the one that a checkpoint carries."""
+        return cls(config=TransformerConfig.of(config), dtype=dtype, **fields)
+
+    def setup(self):
+        config = self.config
+        self.embedder = _modules.Embedder(config.num_embed, config.embed_dim, dtype=self.dtype)
+        self.blocks = [
+            _modules.Block.of(spec, config, dtype=self.dtype, name=f"layer_{spec.index}") for spec in config.layers
+        ]
+        self.final_norm = _layers.RMSNorm(eps=config.source.rms_norm_eps, dtype=self.dtype)
+
+    def __kontext_keys__(self) -> dict[str, str | None]:
+        """Input name to its place in a trainer's batch; kauldron asks for it."""
+        return {name: getattr(self, name) for name in ("tokens", "images", "positions", "attention_mask")}
+
+    @property
+    def vision_encoder(self) -> Any:
+        """The vision encoder of the configuration, or None."""
+        return self.config.vision_encoder
+
+    def __call__(
+        self,
+        tokens: Int[Array, "*B T"],
+        *,
+        images: UInt8[Array, "*B I H W C"] | UInt8[Array, "*B H W C"] | None = None,
+        positions: Int[Array, "*B T"] | None = None,
+        cache: _cache.Cache | None = None,
+        attention_mask: Bool[Array, "*B T S"] | None = None,
+        return_last_only: bool | None = None,
+        return_hidden_states: bool | None = None,
+    ) -> Output:
+        """The forward pass. `*B` is any number of batch dimensions, none included; a cache has one, their product.
+
+        Args:
+          tokens: ids; 0 is padding, on either side, and is neither attended to nor stored in a windowed cache.
+          images: refused by a model without a vision encoder.
+          positions: 0-based, in tokens. None: counted over the real tokens, on top of what the cache holds.
+          cache: from `init_cache` or an earlier call, in either layout. Its dtype may differ from the weights'.
+          attention_mask: True where a query (T) may look at a key (S), before sliding windows. The columns are the
+            tokens themselves without a cache, the slots of a cache in the full layout, the row's token numbers in the
+            windowed layout. None: causal, without padding. With a full cache that holds padding of earlier calls, it
+            must be given.
+          return_last_only: logits and hidden states after the last real token of each row only.
+          return_hidden_states: also return the activations after the final norm.
+
+        Returns:
+          An `Output`.
+
+        Raises:
+          ShapeError: (a ValueError) the shapes or dtypes of the arguments do not fit.
+          PromptError: (a ValueError) images came and the model has no vision encoder.
+        """
+        if self.return_last_only is not None or return_last_only is not None:
+            return_last_only = nn.merge_param("return_last_only", self.return_last_only, return_last_only)
+        self._check_images(images)
+        batch, tokens, positions, attention_mask = _flatten(tokens, positions, attention_mask)
+        if cache is not None:
+            _check_cache(cache, self.config, tokens.shape[0])
+        valid = tokens != 0
+        if positions is None:
+            positions = _positions(valid, cache)
+        x, cache = self._decode(tokens, positions, valid, cache, attention_mask)
+        if return_last_only:
+            x = _last(x, valid)
+        x = self.final_norm(x)
+        logits = self._head(x)
+        restore = functools.partial(_jax_utils.unflatten_batch, shape=batch)
+        return Output(restore(logits), cache, restore(x) if return_hidden_states else None)
+
+    def init_cache(
+        self,
+        *,
+        batch_size: int,
+        dtype: DType,
+        cache_length: int,
+        sharding: Sharding | None = None,
+        windowed: bool = False,
+    ) -> _cache.Cache:
+        """An empty cache.
+
+        Args:
+          batch_size: rows, the product of all batch dimensions.
+          dtype: of keys and values.
+          cache_length: tokens that fit.
+          sharding: where its arrays live.
+          windowed: the layout whose local layers keep a ring of their window; see `_cache.py`. Otherwise every layer
+            keeps `cache_length` slots.
+        """
+        return self.config.init_cache(
+            batch_size, dtype, cache_length=cache_length, windowed=windowed, sharding=sharding
+        )
+
+    def _decode(self, tokens, positions, valid, cache, mask) -> tuple[Array, _cache.Cache | None]:
+        specs = self.config.layers
+        plans = _plan.plan_layers(specs, positions=positions, valid=valid, cache=cache, mask=mask)
+        x = self.embedder.encode(tokens)
+        new = {}
+        for block, plan in zip(self.blocks, plans):
+            layer = None if cache is None else cache[block.name]
+            new[block.name], x = block(x, positions, layer, plan.mask, plan)
+        if isinstance(cache, _cache.WindowedCache):
+            return x, _cache.WindowedCache(new, cache_length=cache.cache_length)
+        return x, None if cache is None else new
+
+    def _head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        cap = self.config.final_logit_softcap
+        if cap is None:
+            return self.embedder.decode(x)
+        logits = self.embedder.logits(x)  # float32: the cap is applied before rounding
+        return (jnp.tanh(logits / cap) * cap).astype(x.dtype)
+
+    def _check_images(self, images: Any) -> None:
+        if images is None:
+            return
+        reason = ""
+        if getattr(self, "text_only", False):
+            reason = " The model was created with `text_only=True`."
+        elif self.config.source.vision is not None:
+            reason = " This release runs the text decoder of this model only: pass no images."
+        raise PromptError(
+            f"The model '{type(self).__name__}' does not have vision encoder, yet images are provided.{reason}"
+        )
+
+
+def _flatten(tokens: Any, positions: Any, attention_mask: Any):
+    """Arguments as arrays with one batch dimension, and the batch shape to restore."""
+    tokens = jnp.asarray(tokens)
+    positions = None if positions is None else jnp.asarray(positions)
+    attention_mask = None if attention_mask is None else jnp.asarray(attention_mask)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ShapeError(f"tokens: expected integers, got {tokens.dtype}")
+    if positions is not None and not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ShapeError(f"positions: expected integers, got {positions.dtype}")
+    if attention_mask is not None and attention_mask.dtype != jnp.bool_:
+        raise ShapeError(f"attention_mask: expected booleans, got {attention_mask.dtype}")
+    batch = _jax_utils.batch_shape(
+        {"tokens": (tokens, 1), "positions": (positions, 1), "attention_mask": (attention_mask, 2)}
+    )
+    length = tokens.shape[-1]
+    if length == 0:
+        raise ShapeError("tokens: expected at least one token per row, got none")
+    for name, array, axis in (("positions", positions, -1), ("attention_mask", attention_mask, -2)):
+        if array is not None and array.shape[axis] != length:
+            raise ShapeError(f"{name}: expected {length} queries as in tokens, got the shape {tuple(array.shape)}")
+    tokens, positions, attention_mask = (
+        _jax_utils.flatten_batch(array, batch) for array in (tokens, positions, attention_mask)
+    )
+    return batch, tokens, None if positions is None else positions.astype(jnp.int32), attention_mask
+
+
+def _check_cache(cache: _cache.Cache, config: TransformerConfig, batch: int) -> None:
+    expected = {f"layer_{i}" for i in range(config.num_layers)}
+    if set(cache) != expected:
+        wrong = sorted(expected ^ set(cache))
+        raise ShapeError(f"cache: expected the layers layer_0 .. layer_{config.num_layers - 1}; these differ: {wrong}")
+    for name, layer in cache.items():
+        if layer["k"].shape[0] != batch:
+            raise ShapeError(f"cache[{name!r}]: made for {layer['k'].shape[0]} rows, but tokens hold {batch}")
+    if not isinstance(cache, _cache.WindowedCache) and len({layer["k"].shape[1] for layer in cache.values()}) > 1:
+        raise ShapeError(
+            "cache: its layers have different lengths, but it is no WindowedCache; a windowed cache was probably copied "
+            "with dict(...): use jax.tree.map, or gm.nn.WindowedCache(layers, cache_length=...)"
+        )
+
+
+def _positions(valid: Bool[Array, "B T"], cache: _cache.Cache | None) -> Int[Array, "B T"]:
+    positions = _pos_utils.build_positions_from_mask(valid)
+    return positions if cache is None else positions + cache["layer_0"]["end_index"][:, None]
+
+
+def _last(x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+    """The activations of the last real token of each row; of the last position where a row has none."""
+    length = valid.shape[1]
+    back = jnp.argmax(valid[:, ::-1], axis=1)  # 0 if there is none
+    return jnp.take_along_axis(x, (length - 1 - back)[:, None, None], axis=1)[:, 0]

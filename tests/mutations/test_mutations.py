@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A parity check must be seen to fail: every named defect below moves the logits past the tolerance of test_hf.py.
+
+The defects are data. `CONFIG` changes a fact of the configuration, `WEIGHTS` the parameters as a wrong converter would,
+`CODE` replaces a function of our modules, `CALL` passes wrong masks or positions. Each is compared with the same oracle
+forward that the sound model agrees with. Other weights run through one compilation; what changes the program runs op by
+op (`jax.disable_jit`): no compiled trace outlives a defect, and forty programs need no forty compilations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from parity_harness import BASES, TOLERANCE, gap, nest, pair, ragged
+
+from gemma import gm
+
+pytestmark = pytest.mark.xdist_group("parity")
+
+IDS = ragged((19,))[0]  # [1, 19]: almost four windows long
+
+
+def forward(base: str, *, config=None, flat=None, **call) -> np.ndarray:
+    """Our logits [19, V] of the base model, with some of it replaced."""
+    its = pair(base)
+    if flat is not None:
+        return its.logits(IDS, jax.tree.map(jnp.asarray, nest(flat)))[0]
+    model = gm.nn.Transformer.from_config(config or its.config, dtype=jnp.float32)
+    with jax.disable_jit():
+        out = model.apply({"params": its.params}, jnp.asarray(IDS), **call)
+    return np.asarray(out.logits, np.float32)[0]
+
+
+def distance(base: str, **changes) -> float:
+    return gap(forward(base, **changes), pair(base).expected(IDS[0]))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_sound_model_agrees(base):
+    assert distance(base) < TOLERANCE
+    assert distance(base, flat=pair(base).flat) < TOLERANCE
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+CONFIG = {
+    "query scale from the head size": ("gemma2 gemma3", dict(query_pre_attn_scalar=None)),
+    "query scale 27B": ("gemma1", dict(query_pre_attn_scalar=18.0)),
+    "no attention cap": ("gemma2", dict(attn_logit_softcapping=None)),
+    "no final cap": ("gemma2", dict(final_logit_softcapping=None)),
+    "attention cap where none belongs": ("gemma1 gemma3", dict(attn_logit_softcapping=5.0)),
+    "final cap where none belongs": ("gemma1 gemma3", dict(final_logit_softcapping=3.0)),
+    "caps exchanged": ("gemma2", dict(attn_logit_softcapping=3.0, final_logit_softcapping=5.0)),
+    "window + 1": ("gemma2 gemma3", dict(sliding_window=6)),
+    "window - 1": ("gemma2 gemma3", dict(sliding_window=4)),
+    "local and global layers exchanged": ("gemma2", dict(layer_pattern="GL")),
+    "pattern of five inverted": ("gemma3", dict(layer_pattern="GGGGGL")),
+    "pattern of five shifted": ("gemma3", dict(layer_pattern="LLLLGL")),
+    "every layer global": ("gemma2 gemma3", dict(layer_pattern="G")),
+    "RoPE bases exchanged": ("gemma3", dict(rope_theta=1e4, rope_local_base_freq=1e6)),
+    "one RoPE base for all layers": ("gemma3", dict(rope_local_base_freq=None)),
+    "another RoPE base": ("gemma1 gemma2", dict(rope_theta=1e6)),
+    "no RoPE factor": ("gemma3", dict(rope_scaling_factor=1.0)),
+    "no query and key norms": ("gemma3", dict(use_qk_norm=False)),
+    "no post norms": ("gemma2 gemma3", dict(use_post_norms=False)),
+    "epsilon 1e-5": ("gemma3", dict(rms_norm_eps=1e-5)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [(name, base) for name, (bases, _) in CONFIG.items() for base in bases.split()]
+)
+def test_configuration_defect(name, base):
+    config = dataclasses.replace(pair(base).config, **CONFIG[name][1])
+    assert distance(base, config=config) > TOLERANCE
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_misread_gate_layout_never_runs(base):
+    its = pair(base).config
+    config = dataclasses.replace(its, transpose_gating_einsum=not its.transpose_gating_einsum)
+    with pytest.raises(Exception, match=r"(?i)shape|dimension|size"):
+        forward(base, config=config)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def on(suffix: str, change):
+    """A defect that applies `change` to every tensor whose path ends in `suffix`."""
+    return lambda flat: {path: change(leaf) if path.endswith(suffix) else leaf for path, leaf in flat.items()}
+
+
+def exchange(one: str, other: str):
+    """A defect that exchanges the tensors of two names within every layer."""
+
+    def defect(flat):
+        partner = {path: path.replace(a, b) for path in flat for a, b in ((one, other), (other, one)) if a in path}
+        assert partner, f"nothing is called {one} or {other}"
+        return {path: flat[partner.get(path, path)] for path in flat}
+
+    return defect
+
+
+def swap_halves(leaf):
+    return leaf[::-1]
+
+
+def next_row(leaf):
+    return np.roll(leaf, 1, axis=0)
+
+
+def interleave(leaf):
+    """H as pairs (2j, 2j+1) where halves (j, j + H/2) belong: a llama-style permutation of the last axis."""
+    *lead, h = leaf.shape
+    return leaf.reshape(*lead, 2, h // 2).swapaxes(-1, -2).reshape(leaf.shape)
+
+
+def heads_and_sizes_mixed(leaf):
+    """[N, H, D] filled from rows that run over H first."""
+    n, h, d = leaf.shape
+    return leaf.reshape(h, n, d).swapaxes(0, 1).copy()
+
+
+def as_bfloat16(leaf):
+    return leaf.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+ALL = "gemma1 gemma2 gemma3"
+WEIGHTS = {
+    "the 1 + is dropped": (ALL, on("norm/scale", lambda w: w - 1)),
+    "the 1 + is added twice": (ALL, on("norm/scale", lambda w: w + 1)),
+    "the 1 + is dropped in the final norm": (ALL, on("final_norm/scale", lambda w: w - 1)),
+    "the 1 + is dropped in query norms": ("gemma3", on("_query_norm/scale", lambda w: w - 1)),
+    "the 1 + is dropped in key norms": ("gemma3", on("_key_norm/scale", lambda w: w - 1)),
+    "attention and MLP norms exchanged": (ALL, exchange("/pre_attention_norm", "/pre_ffw_norm")),
+    "pre and post attention norms exchanged": (
+        "gemma2 gemma3",
+        exchange("/pre_attention_norm", "/post_attention_norm"),
+    ),
+    "pre and post MLP norms exchanged": ("gemma2 gemma3", exchange("/pre_ffw_norm", "/post_ffw_norm")),
+    "post attention norm used before the MLP": ("gemma2 gemma3", exchange("/post_attention_norm", "/pre_ffw_norm")),
+    "query and key norms exchanged": ("gemma3", exchange("/_query_norm", "/_key_norm")),
+    "K and V exchanged": (ALL, on("attn/kv_einsum/w", swap_halves)),
+    "gate and up exchanged": (ALL, on("mlp/gating_einsum", swap_halves)),
+    "query heads permuted": (ALL, on("attn/q_einsum/w", next_row)),
+    "key heads permuted": ("gemma2 gemma3", on("attn/kv_einsum/w", lambda w: w[:, ::-1])),
+    "output heads permuted": (ALL, on("attn/attn_vec_einsum/w", next_row)),
+    "heads and head sizes mixed in the output": (ALL, on("attn/attn_vec_einsum/w", heads_and_sizes_mixed)),
+    "interleaved rotary pairs in the queries": (ALL, on("attn/q_einsum/w", interleave)),
+    "layers exchanged": (ALL, exchange("layer_0/", "layer_1/")),
+    "vocabulary shifted by one": (ALL, on("embedder/input_embedding", next_row)),
+    "weights rounded to bfloat16": (ALL, on("", as_bfloat16)),
+}
+
+
+@pytest.mark.parametrize(("name", "base"), [(n, base) for n, (bases, _) in WEIGHTS.items() for base in bases.split()])
+def test_weight_defect(name, base):
+    flat = pair(base).flat
+    changed = WEIGHTS[name][1](flat)
+    assert any(not np.array_equal(changed[path], flat[path]) for path in flat), "the defect changed nothing"
+    assert distance(base, flat=changed) > TOLERANCE
+
+
+# ---- code -----------------------------------------------------------------------------------------------------------
+
+
+def rebind(monkeypatch, name: str, make) -> None:
+    """Replaces a function by `make(original)` under its name wherever one of our JAX modules holds it."""
+    holders = [m for key, m in sys.modules.items() if key.startswith("gemma.gm") and name in vars(m)]
+    assert holders, f"no module of gemma.gm holds {name}"
+    changed = make(vars(holders[0])[name])
+    for module in holders:
+        monkeypatch.setattr(module, name, changed)
+
+
+def in_method(cls: str, method: str, make):
+    """A defect that replaces a method of a public class of gm.nn by `make(original)`."""
+
+    def apply(monkeypatch):
+        owner = getattr(gm.nn, cls)
+        monkeypatch.setattr(owner, method, make(getattr(owner, method)))
+
+    return apply
+
+
+def erf_gelu(monkeypatch):
+    exact = functools.partial(jax.nn.gelu, approximate=False)
+    for module in (jax.nn, flax.linen):
+        monkeypatch.setattr(module, "gelu", lambda x, approximate=True: exact(x))
+
+
+def in_function(name: str, make):
+    """A defect that replaces a function of our modules by `make(original)`."""
+    return lambda monkeypatch: rebind(monkeypatch, name, make)
+
+
+def neighbours_as_pairs(rotate):
+    """Pairs (2j, 2j+1) where (j, j + H/2) belong."""
+
+    def rotate_neighbours(x, sin, cos):
+        split = x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)
+        return rotate(split, sin, cos).reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape)
+
+    return rotate_neighbours
+
+
+BFLOAT16_SCALE = float(np.float32(np.sqrt(72)).astype(ml_dtypes.bfloat16)) / float(np.sqrt(72))
+CODE = {
+    "erf GELU": (ALL, erf_gelu),
+    "no embedding scale": (ALL, in_method("Embedder", "encode", lambda f: lambda self, x: f(self, x) / 72**0.5)),
+    "embedding scale rounded to bfloat16": (
+        ALL,
+        in_method("Embedder", "encode", lambda f: lambda self, x: f(self, x) * BFLOAT16_SCALE),
+    ),
+    "logits scaled as well": (
+        "gemma1 gemma3",  # without a final cap, which takes another way
+        in_method("Embedder", "decode", lambda f: lambda self, x: f(self, x) * 72**0.5),
+    ),
+    "norms centre their input": (
+        ALL,
+        in_method("RMSNorm", "__call__", lambda f: lambda self, x: f(self, x - x.mean(-1, keepdims=True))),
+    ),
+    "no rotation": (ALL, in_function("rotate", lambda rotate: lambda x, sin, cos: x)),
+    "rotation backwards": (ALL, in_function("rotate", lambda rotate: lambda x, sin, cos: rotate(x, -sin, cos))),
+    "neighbours rotate as pairs": (ALL, in_function("rotate", neighbours_as_pairs)),
+    "every other position": (ALL, in_function("rope_table", lambda f: lambda pos, **k: f(pos // 2 * 2, **k))),
+}
+
+
+@pytest.mark.parametrize(("name", "base"), [(n, base) for n, (bases, _) in CODE.items() for base in bases.split()])
+def test_code_defect(name, base, monkeypatch):
+    pair(base).expected(IDS[0])  # before anything is replaced
+    CODE[name][1](monkeypatch)
+    assert distance(base) > TOLERANCE
+
+
+# ---- the call -------------------------------------------------------------------------------------------------------
+
+T = IDS.shape[1]
+STEPS = np.arange(T)
+CALL = {
+    "the future is seen": (ALL, dict(attention_mask=np.ones((1, T, T), bool))),
+    "one token of the future is seen": (ALL, dict(attention_mask=STEPS[None, :, None] + 1 >= STEPS[None, None, :])),
+    "the first token is hidden": (
+        ALL,
+        dict(attention_mask=np.tril(np.ones((1, T, T), bool)) & ((STEPS > 0) | (STEPS[:, None] == 0))),
+    ),
+    "positions all zero": (ALL, dict(positions=np.zeros((1, T), np.int32))),
+    "positions reversed": (ALL, dict(positions=STEPS[None, ::-1].astype(np.int32).copy())),
+}
+
+
+@pytest.mark.parametrize(("name", "base"), [(n, base) for n, (bases, _) in CALL.items() for base in bases.split()])
+def test_call_defect(name, base):
+    assert distance(base, **jax.tree.map(jnp.asarray, CALL[name][1])) > TOLERANCE
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_common_offset_of_positions_is_no_defect(base):
+    """Rotations and windows are relative: the check does not cry at everything."""
+    causal = jnp.asarray(np.tril(np.ones((1, T, T), bool)))
+    shifted = jnp.asarray(STEPS[None] + 100, jnp.int32)
+    assert distance(base, positions=shifted, attention_mask=causal) < TOLERANCE
