@@ -33,7 +33,7 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
-	@$(BIN)/gemma generate --model demo --max-new-tokens 10 'The history of computing began'
+	@$(BIN)/gemma generate --model demo --max-new-tokens 14 'The history of computing began'
 
 test: $(VENV)/.test check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15

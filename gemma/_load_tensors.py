@@ -132,6 +132,19 @@ def _check_copy(checkpoint: Checkpoint, name: str, copy: str) -> None:
         )
 
 
+def _check_layers(checkpoint: Checkpoint, config: Any) -> None:
+    """A file that claims more layers than it has tensors is refused before thousands of names are made up for it."""
+    sides = (config, *(getattr(config, side, None) for side in ("text_config", "encoder", "decoder")))
+    layers = max(getattr(side, "num_hidden_layers", 0) for side in sides)
+    held = len(checkpoint.tensors)
+    if layers > held:
+        raise WeightsMismatch(
+            checkpoint.path,
+            missing=[f"most of {layers} layers: the checkpoint has {held} tensors in all"],
+            hint="the configuration is not that of this file",
+        )
+
+
 def load_tensors(
     checkpoint: Checkpoint, config=None, *, text_only: bool = False, strict_values: bool = False
 ) -> Iterator[tuple[Tensor, TensorReader]]:
@@ -149,6 +162,7 @@ def load_tensors(
       WeightsMismatch: names that are missing, unexpected or of the wrong shape, all of them at once.
     """
     config = checkpoint.config() if config is None else config
+    _check_layers(checkpoint, config)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     bound = weights.bind(shapes, config, format=checkpoint.format, path=checkpoint.path, text_only=text_only)
     values = _ValueCheck(checkpoint.path, strict_values)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-CHUNK = 1 << 18  # elements decoded at a time: packed bytes, codes and floats together stay within a second-level cache
+CHUNK = 1 << 17  # elements decoded at a time: packed bytes, codes and floats together stay within a second-level cache
 
 Fetch = Callable[[int, int], np.ndarray]  # (first block, number of blocks) -> uint8 [n, block_bytes]
 

@@ -120,14 +120,14 @@ class FakeRunner:
         """Creates the runner with its slots open.
 
         Args:
-          config: only `vocab_size` matters; the default fits ByteTokenizer.
+          config: only `vocab_size` matters; the default has the ids of ByteTokenizer.
           slots, max_len: as in `open`.
           seed: another seed is another "model".
           choose: the arg-max after a history (the ids of one slot), to script a reply; None: one of `alphabet` by hash.
           alphabet: the ids that the hash picks the arg-max from; default: the printable ASCII of ByteTokenizer.
           top: how many (id, log-probability) pairs a StepOut carries.
         """
-        self._config = tiny_config() if config is None else config
+        self._config = tiny_config(vocab_size=ByteTokenizer.FIRST_BYTE + 256) if config is None else config
         printable = [ByteTokenizer.FIRST_BYTE + byte for byte in range(32, 127)]
         self._alphabet = list(printable if alphabet is None else alphabet)
         self._seed, self._choose, self._top = seed, choose, top

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one place where the command line reaches a model: a checkpoint opened for generation, on a chosen backend.
 
-A backend is a TextModel. `RunnerModel` makes one of any `serving.runner.Runner`; the JAX one wraps the session of
-`gm/text`. Frameworks are imported when a model is opened, not before. Decoding is `_generation.py`.
+A backend is a TextModel. The JAX one is the session of `gm/text`; `RunnerModel` makes one of any
+`serving.runner.Runner`. Frameworks are imported when a model is opened, not before. Decoding is `_generation.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gemma.errors import ConfigError, FormatError
+from gemma.errors import ConfigError, FormatError, TokenizerError
 
 if TYPE_CHECKING:
     from gemma.config import GemmaConfig
@@ -119,7 +119,16 @@ class RunnerModel:
 
 
 def _open_jax(name: str, path: Path, dtype: str) -> Opened:
-    raise NotImplementedError
+    from gemma.gm.text._generate import Session
+    from gemma.gm.text._load import load_model
+
+    loaded = load_model(path, dtype=dtype)
+    if loaded.tokenizer is None:
+        raise TokenizerError(
+            f"{path}: no tokenizer came with these weights; put the model's tokenizer.model or tokenizer.json beside "
+            f"them"
+        )
+    return Opened(name, path, loaded.tokenizer, loaded.config, Session(loaded))
 
 
 BACKENDS: dict[str, Callable[[str, Path, str], Opened]] = {"jax": _open_jax}

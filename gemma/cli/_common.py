@@ -70,7 +70,7 @@ def sampling(stop: Sequence[str] = (), **flags) -> SamplingParams:
     except SamplingError as error:
         field, colon, rest = str(error).partition(":")
         flag = "--" + field.replace("_", "-")
-        raise SamplingError(flag + colon + rest.replace(" or None", "")) from error
+        raise SamplingError(flag + colon + rest.replace(", or None", "").replace(" or None", "")) from error
 
 
 def unescape(text: str) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gemma.errors import ContextFull, GemmaError
+from gemma.errors import GemmaError
 
 if TYPE_CHECKING:
     from gemma.cli._backend import Opened
@@ -73,14 +73,11 @@ class Generation:
         return (len(self.ids) - 1) / self.decode_seconds if len(self.ids) > 1 and self.decode_seconds > 0 else None
 
 
-def context_length(opened: Opened, asked: int | None, need: int) -> int:
-    """The context to open for `need` tokens: no more than the model was made for, and than was asked for."""
+def context_limit(opened: Opened, asked: int | None) -> int:
+    """Tokens that may be held: what --context says, or what the model was made for."""
     from gemma.errors import ConfigError
 
     most = opened.config.max_position_embeddings
     if asked is not None and not 1 <= asked <= most:
         raise ConfigError(f"--context: expected 1..{most} tokens, the length this model was made for, got {asked}")
-    limit = most if asked is None else asked
-    if need > limit:
-        raise ContextFull(need, limit)
-    return need if asked is None else asked
+    return most if asked is None else asked

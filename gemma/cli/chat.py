@@ -18,7 +18,7 @@ import typer
 
 from gemma.cli import _backend, _common
 from gemma.cli._conversation import Conversation
-from gemma.cli._generation import context_length
+from gemma.cli._generation import context_limit
 from gemma.cli._progress import waiting
 from gemma.errors import ContextFull, GemmaError, PromptError
 
@@ -83,7 +83,7 @@ def command(
         raise PromptError(f"--as: expected auto, tuned or base, got {kind!r}")
     asked = None if context is None else fit.parse_context(context)
     opened = _backend.open_model(model, backend=backend, dtype=dtype)
-    length = context_length(opened, asked or min(_CONTEXT, opened.config.max_position_embeddings), 1)
+    length = context_limit(opened, asked) if asked else min(_CONTEXT, context_limit(opened, None))
     base = kind == "base" or (kind == "auto" and not _backend.is_tuned(opened.path))
     if base:
         _common.note(

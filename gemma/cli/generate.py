@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma.cli import _backend, _common
-from gemma.cli._generation import Generation, context_length
+from gemma.cli._generation import Generation, context_limit
 from gemma.cli._progress import waiting
-from gemma.errors import PromptError
+from gemma.errors import ContextFull, PromptError
+
+if TYPE_CHECKING:
+    from gemma.sampling import SamplingParams
 
 EPILOG = ""
 
@@ -30,7 +33,16 @@ def command(
     prompt_file: Annotated[
         str | None, typer.Option("--prompt-file", "-f", metavar="FILE", help="Read the prompt from a UTF-8 file.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", help="Stop after N.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            metavar="N",
+            help="Most tokens to generate; too many for the context is an error.  [default: 128, or fewer if full]",
+            show_default=False,
+        ),
+    ] = None,
     temperature: _common.Temperature = 0.0,
     top_k: _common.TopK = None,
     top_p: _common.TopP = None,
@@ -71,8 +83,9 @@ def command(
     from gemma import chat, fit
     from gemma.sampling import fresh_seed
 
-    flags = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=max_new_tokens)
-    params = _common.sampling(stop or (), repetition_penalty=repetition_penalty, seed=seed, **flags)
+    flags = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    count = {} if max_new_tokens is None else dict(max_new_tokens=max_new_tokens)
+    params = _common.sampling(stop or (), repetition_penalty=repetition_penalty, **flags, **count)
     params = params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())
     text = _common.read_text(prompt, prompt_file, "prompt")
     if not text:
@@ -83,7 +96,8 @@ def command(
     begin = time.perf_counter()
     opened = _backend.open_model(model, backend=backend, dtype=dtype)
     ids = opened.tokenizer.encode(text, add_bos=True)
-    opened.model.begin(context_length(opened, asked, len(ids) + params.max_new_tokens))
+    params = _fitted(params, len(ids), context_limit(opened, asked), exact=max_new_tokens is not None)
+    opened.model.begin(asked or len(ids) + params.max_new_tokens)
     load_seconds = time.perf_counter() - begin
     generation = Generation(opened, ids, params, chat.end_token_ids(opened.tokenizer, opened.config))
     pieces = iter(generation)
@@ -100,6 +114,14 @@ def command(
             _common.write(piece)
     finally:
         _common.write("\n")  # also after Ctrl-C: the shell's prompt belongs on a line of its own
+
+
+def _fitted(params: SamplingParams, used: int, limit: int, *, exact: bool) -> SamplingParams:
+    """The parameters with a number of new tokens that fits; a number that was asked for is not cut."""
+    wanted = params.max_new_tokens if exact else 1
+    if used + wanted > limit:
+        raise ContextFull(used + wanted, limit)
+    return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, limit - used))
 
 
 def _result(opened, prompt, ids, text, generation, params, load_seconds) -> dict:

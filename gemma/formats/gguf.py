@@ -22,8 +22,8 @@ from gemma.quants import QuantType
 
 MAX_PAIRS = 65_536  # metadata pairs
 MAX_TENSORS = 32_768
-MAX_STRING = 1 << 24  # bytes of one string
-MAX_STRINGS = 1 << 20  # strings in all arrays together: four times the largest vocabulary of the family
+MAX_TEXT = 1 << 24  # bytes of all strings together: three times those of the largest vocabulary
+MAX_STRINGS = 1 << 20  # strings in all arrays together: four times the largest vocabulary
 MAX_KEY, MAX_TENSOR_NAME, MAX_DIMS = 65_535, 64, 4
 MAX_ALIGNMENT = 65_536
 
@@ -159,7 +159,7 @@ class _Cursor:
         at = self.need(struct.calcsize(layout), what)
         return struct.unpack_from(layout, self.buffer, at)[0]
 
-    def string(self, what: str, limit: int = MAX_STRING) -> str:
+    def string(self, what: str, limit: int = MAX_TEXT) -> str:
         length = self.unpack("<Q", what + "length ")
         if length > limit:
             raise self.fail(f"{what}expected at most {limit} bytes of text, got length {length}", self.pos - 8)
@@ -179,13 +179,8 @@ class _Cursor:
                 self.need(8, f"{what}item {index} length ")
                 buffer, base, end = self.buffer, self.base, self.end
             length = unpack(buffer, pos - base)[0]
-            if length > MAX_STRING or length > size - pos - 8:
-                self.pos = pos + 8
-                raise self.fail(
-                    f"{what}item {index} has length {length}, but the file has {self.left()} bytes left and a string "
-                    f"at most {MAX_STRING}",
-                    pos,
-                )
+            if length > size - pos - 8:
+                raise self.fail(f"{what}item {index} has length {length}, but {size - pos - 8} bytes are left", pos)
             pos += 8 + length
         self.pos = pos
 
@@ -215,53 +210,58 @@ def _read_head(cursor: _Cursor) -> tuple[int, int, int]:
 
 def _read_pairs(cursor: _Cursor, count: int) -> dict[str, Value]:
     values: dict[str, Value] = {}
-    strings = 0  # in all arrays so far
+    strings, text = 0, 0  # in arrays, and bytes of strings, so far
     for index in range(count):
         start = cursor.pos
         key = cursor.string(f"metadata key {index} ", MAX_KEY)
         if not key:
             raise cursor.fail(f"metadata key {index} is empty", start)
         if key in values:
-            raise cursor.fail(f"duplicate metadata key {key!r}", start)
-        kind, at = cursor.unpack("<I", f"{key}: type "), cursor.pos
-        name, layout = _value_type(cursor, kind, key)
+            raise cursor.fail(f"duplicate metadata key {key!r:.100}", start)
+        label = f"{key:.100}: "
+        kind, at = cursor.unpack("<I", f"{label}type "), cursor.pos
+        name, layout = _value_type(cursor, kind, label)
         if layout is not None:
-            value = Value(name, at, _scalar(cursor, kind, layout, key))
+            value = Value(name, at, _scalar(cursor, kind, layout, label))
         elif kind == _STRING:
-            value = Value(name, at, cursor.string(f"{key}: "))
+            value = Value(name, at, cursor.string(label, MAX_TEXT - text))
+            text += cursor.pos - at
         else:
-            item, items = _array_head(cursor, f"{key}: ")
+            item, items = _array_head(cursor, label)
             strings += items if item == _STRING else 0
             if strings > MAX_STRINGS:
-                raise cursor.fail(f"{key}: more than {MAX_STRINGS} strings in the arrays of one file", cursor.pos - 8)
+                raise cursor.fail(f"{label}more than {MAX_STRINGS} strings in the arrays of one file", cursor.pos - 8)
             if item == _STRING:
-                cursor.skip_strings(items, f"{key}: ")
+                cursor.skip_strings(items, label)
+                text += cursor.pos - at
             else:
                 cursor.pos += items * _NUMPY[item].itemsize  # fits: compared with the bytes left
             value = Value(name, at, None, _VALUE_TYPES[item][0], items)
+        if text > MAX_TEXT:
+            raise cursor.fail(f"{label}more than {MAX_TEXT} bytes of strings in the metadata", at)
         values[key] = value
     return values
 
 
-def _value_type(cursor: _Cursor, kind: int, key: str) -> tuple[str, str | None]:
+def _value_type(cursor: _Cursor, kind: int, label: str) -> tuple[str, str | None]:
     if kind not in _VALUE_TYPES:
-        raise cursor.fail(f"{key}: expected a value type 0..12, got {kind}", cursor.pos - 4)
+        raise cursor.fail(f"{label}expected a value type 0..12, got {kind}", cursor.pos - 4)
     return _VALUE_TYPES[kind]
 
 
-def _scalar(cursor: _Cursor, kind: int, layout: str, key: str):
+def _scalar(cursor: _Cursor, kind: int, layout: str, label: str):
     if kind == _BOOL:
-        byte = cursor.unpack("<B", f"{key}: ")
+        byte = cursor.unpack("<B", label)
         if byte > 1:
-            raise cursor.fail(f"{key}: a BOOL is 0 or 1, got {byte}", cursor.pos - 1)
+            raise cursor.fail(f"{label}a BOOL is 0 or 1, got {byte}", cursor.pos - 1)
         return bool(byte)
-    return cursor.unpack(layout, f"{key}: ")
+    return cursor.unpack(layout, label)
 
 
 def _array_head(cursor: _Cursor, what: str) -> tuple[int, int]:
     """(item type, count) of an array, the count compared with the bytes left."""
     kind = cursor.unpack("<I", what + "item type ")
-    _value_type(cursor, kind, what.rstrip(": "))
+    _value_type(cursor, kind, what)
     count = cursor.unpack("<Q", what + "count ")
     if kind == _ARRAY:
         raise UnsupportedError(

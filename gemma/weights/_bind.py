@@ -66,7 +66,9 @@ def bind(
         if tied in found and name in names_to_shapes and name not in used:
             first, used = found[tied][0], used | {name}
             if tuple(names_to_shapes[name]) != first.shape:
-                misshaped.append(f"{name}: expected {first.shape} (a copy of {first.name}), got {names_to_shapes[name]}")
+                misshaped.append(
+                    f"{name}: expected {first.shape} (a copy of {first.name}), got {names_to_shapes[name]}"
+                )
             found[tied] += (dataclasses.replace(first, name=name, copy=True),)
     unexpected = [n for n in names_to_shapes if n not in used and not _ignored(n, format, text_only)]
     missing = list(dict.fromkeys(missing))

@@ -17,7 +17,9 @@ _SCAN = "Transformer/encoderblock/"
 def _block(name: str, axes: str, hf: str, jax: str, jax_axes: str, ckpt: str) -> Row:
     flat = f"{_FLAX}{jax} {jax_axes}"
     columns = dict(hf=f"encoder.layers.{{i}}.{hf}", flax=flat, ckpt=f"encoder_blocks.{{i}}.{ckpt}")
-    return _row("vision", f"vision.layers.{{i}}.{name}", axes, npz=f"stacked? {_SCAN}{jax} [i] {jax_axes} ; {flat}", **columns)
+    return _row(
+        "vision", f"vision.layers.{{i}}.{name}", axes, npz=f"stacked? {_SCAN}{jax} [i] {jax_axes} ; {flat}", **columns
+    )
 
 
 _ATTN = "MultiHeadDotProductAttention_0"
@@ -78,7 +80,12 @@ VISION_LAYER = (
         )
     ),
     _block(
-        "attn.o.weight", "E (A U)", "self_attn.out_proj.weight", f"{_ATTN}/out/kernel", "A U E", "self_attn.o_proj.weight"
+        "attn.o.weight",
+        "E (A U)",
+        "self_attn.out_proj.weight",
+        f"{_ATTN}/out/kernel",
+        "A U E",
+        "self_attn.o_proj.weight",
     ),
     _block("attn.o.bias", "E", "self_attn.out_proj.bias", f"{_ATTN}/out/bias", "E", "self_attn.o_proj.bias"),
     _block("norm2.weight", "E", "layer_norm2.weight", "LayerNorm_1/scale", "E", "layer_norm2.weight"),

@@ -89,8 +89,8 @@ class _Side:
 
 
 _COLUMN = re.compile(
-    r"(?:(?P<flag>!?\w+)\? )?(?P<name>[^ ]+)(?: \[(?P<index>[i0-9,]+)\])?(?: <(?P<rows>[^>]+)>)?(?: (?P<axes>[A-Z1(][^+]*?))?"
-    r"(?P<one> \+1)?"
+    r"(?:(?P<flag>!?\w+)\? )?(?P<name>[^ ]+)(?: \[(?P<index>[i0-9,]+)\])?(?: <(?P<rows>[^>]+)>)?"
+    r"(?: (?P<axes>[A-Z1(][^+]*?))?(?P<one> \+1)?"
 )
 
 
@@ -206,8 +206,8 @@ def _paligemma(config: PaliGemmaConfig) -> Iterator[Tensor]:
     text, vision = config.text_config, config.vision_config
     if config.projection_dim != text.hidden_size:
         raise ConfigError(
-            f"projection_dim: the projector writes into the text model, so {text.hidden_size} (text_config.hidden_size) "
-            f"is expected, got {config.projection_dim}"
+            f"projection_dim: the projector writes into the text model: expected {text.hidden_size} "
+            f"(text_config.hidden_size), got {config.projection_dim}"
         )
     tower = _vision_side(vision, "multimodal", "hf npz", text.hidden_size, "stacked")
     yield from _decoder(_text_side(text, "multimodal", "hf npz"), text.num_hidden_layers)
@@ -252,7 +252,9 @@ def tensors(config: AnyConfig) -> tuple[Tensor, ...]:
     elif isinstance(config, GemmaConfig):
         found = _gemma(config)
     else:
-        raise ConfigError(f"expected a GemmaConfig, PaliGemmaConfig, T5GemmaConfig or SiglipVisionConfig, got {config!r}")
+        raise ConfigError(
+            f"expected a GemmaConfig, PaliGemmaConfig, T5GemmaConfig or SiglipVisionConfig, got {config!r}"
+        )
     return _with_shapes(tuple(found))
 
 

@@ -53,7 +53,7 @@ class Fake:
     """A model without one: `reply` is what it says after every prompt, then <eos>; None: endless hashed letters."""
 
     def __init__(self, reply: str | None = None, **config):
-        self.reply, self.tokenizer, self.config = reply, ByteTokenizer(), tiny_config(**config)
+        self.reply, self.tokenizer, self.config = reply, ByteTokenizer(), tiny_config(vocab_size=266, **config)
         self.prompts: list[tuple[int, ...]] = []
         self.runner = FakeRunner(self.config, slots=1, choose=None if reply is None else self._choose)
 

@@ -70,6 +70,7 @@ FAKE = [
     ("generate hello --max-new-tokens -3", "--max-new-tokens: expected a whole number, 1 or more, got -3", b""),
     ("generate hello --max-new-tokens many", "--max-new-tokens", b""),
     ("generate hello --max-new-tokens 123", "needs 129 tokens, but the context holds 128: shorten", b""),
+    ("generate " + "x" * 128, "needs 130 tokens, but the context holds 128: shorten", b""),
     ("generate hello --context 20 -n 15", "needs 21 tokens, but the context holds 20", b""),
     ("generate hello --context 129", "--context: expected 1..128 tokens", b""),
     ("generate hello --context 0", "such as 4096 or 32k, got '0'", b""),

@@ -127,6 +127,13 @@ def test_context_is_what_the_run_needs(cli, fake):
     assert double.runner.info.max_len == 100
 
 
+def test_without_a_number_it_generates_what_the_context_has_room_for(cli, fake):
+    double = fake()
+    data = json.loads(cli("generate", "x" * 120, "--json").out)
+    assert data["counts"] == {"prompt": 121, "generated": 7} and data["finish_reason"] == "length"
+    assert double.runner.info.max_len == 128
+
+
 def test_model_that_ends_at_once(cli, fake):
     fake("")
     assert cli("generate", PROMPT) == (0, "The history\n", "")

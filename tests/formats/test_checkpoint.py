@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import tracemalloc
@@ -199,6 +200,13 @@ def test_binding_happens_at_the_call(tmp_path, config):
         load_tensors(checkpoint)
     error = caught.value
     assert len(error.missing) == 2 and len(error.unexpected) == 1 and len(error.misshaped) == 1, error
+
+
+def test_more_layers_than_tensors(tmp_path, config):
+    gguf_model(tmp_path / "m.gguf", config)
+    many = dataclasses.replace(config, num_hidden_layers=4096)
+    with open_checkpoint(tmp_path / "m.gguf") as checkpoint, pytest.raises(WeightsMismatch, match="of 4096 layers"):
+        load_tensors(checkpoint, many)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -174,5 +174,17 @@ def test_too_many_strings(parse, monkeypatch):
         parse(build([pair("k", ARRAY, (STRING, ["a"] * 3)), pair("l", ARRAY, (STRING, ["a"] * 3))]))
 
 
+def test_too_much_text(parse, monkeypatch):
+    monkeypatch.setattr(module, "MAX_TEXT", 100)
+    parse(build([pair("k", STRING, "a" * 80)]))
+    for pairs in (
+        [pair("k", STRING, "a" * 60), pair("l", STRING, "a" * 60)],
+        [pair("k", STRING, "a" * 60), pair("l", ARRAY, (STRING, ["a" * 30] * 2))],
+        [pair("l", ARRAY, (STRING, ["a" * 60] * 2))],
+    ):
+        with pytest.raises(FormatError, match=r"bytes of (strings|text)"):
+            parse(build(pairs))
+
+
 def test_bytes_after_the_last_tensor_are_allowed(parse):
     assert parse(build([], [tensor("a", (1,), 0, 0)], bytes(1000))).tensors["a"].nbytes == 4

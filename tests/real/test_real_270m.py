@@ -135,8 +135,8 @@ def test_our_norms_are_those_of_the_golden_page(ours, hf):
     for found in (our_norms(ours.model, ours.params, PROMPT_IDS), hf_norms(hf, PROMPT_IDS)):
         assert list(found) == list(page)
         for stage, norms in found.items():
-            # The page has six digits. Two float32 forwards through 18 layers differ by 1e-5 of a norm at most.
-            np.testing.assert_allclose(norms, page[stage], rtol=5e-5, err_msg=stage)
+            # The page has six digits, that is 5e-6; two float32 forwards through 18 layers differ by 1e-6 of a norm.
+            np.testing.assert_allclose(norms, page[stage], rtol=2e-5, err_msg=stage)
 
 
 def test_every_tensor_of_the_file_is_known(checkpoint):

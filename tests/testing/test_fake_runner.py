@@ -24,7 +24,7 @@ def decode(runner, slot, token, steps, params=None, seed=0):
 def test_it_is_a_runner():
     runner = FakeRunner(slots=3, max_len=50)
     assert isinstance(runner, Runner)
-    assert runner.info == RunnerInfo(tiny_config(), 50, 3, "float32", "fake")
+    assert runner.info == RunnerInfo(tiny_config(vocab_size=266), 50, 3, "float32", "fake")
 
 
 def test_logits_depend_on_the_history_alone():
@@ -35,7 +35,7 @@ def test_logits_depend_on_the_history_alone():
     b.prefill(3, IDS[1:3], 1)
     b.step([StepIn(2, 8), StepIn(3, IDS[3])])
     np.testing.assert_array_equal(a.logits(0), b.logits(3))
-    assert a.logits(0).dtype == np.float32 and a.logits(0).shape == (320,)
+    assert a.logits(0).dtype == np.float32 and a.logits(0).shape == (266,)
     assert not np.array_equal(a.logits(0), b.logits(2))
     other = FakeRunner(seed=1)
     other.prefill(0, IDS, 0)
@@ -127,7 +127,7 @@ MISUSE = [
     (lambda r: r.prefill(-1, IDS, 0), GemmaError, "got -1"),
     (lambda r: r.prefill(0, IDS, 3), GemmaError, "start must be the 4 tokens"),
     (lambda r: r.prefill(1, [], 0), PromptError, "at least one id"),
-    (lambda r: r.prefill(1, [320], 0), PromptError, "0..319, got 320"),
+    (lambda r: r.prefill(1, [266], 0), PromptError, "0..265, got 266"),
     (lambda r: r.prefill(1, [5] * 9, 0), ContextFull, "9 tokens.*holds 8"),
     (lambda r: r.step([StepIn(0, 5), StepIn(0, 6)]), GemmaError, "each slot once"),
     (lambda r: r.step([StepIn(0, 5), StepIn(1, 6)]), GemmaError, "slot 1 is empty"),

@@ -51,10 +51,12 @@ def rotate(
     inputs: Float[Array, "*B T N H"], sin: Float[Array, "*B T H/2"], cos: Float[Array, "*B T H/2"]
 ) -> Float[Array, "*B T N H"]:
     """Rotates the pairs of every head by a table of `rope_table`: computed in float32, returned in the input's dtype."""
-    first, second = jnp.split(inputs.astype(jnp.float32), 2, axis=-1)
-    sin, cos = sin[..., None, :], cos[..., None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(inputs.dtype)
+    # The halves as an axis of their own: exchanging them is a reversal, which fuses with the products into one loop.
+    halves = inputs.astype(jnp.float32).reshape(*inputs.shape[:-1], 2, -1)
+    cos = cos[..., None, None, :]
+    sin = jnp.stack([-sin, sin], axis=-2)[..., None, :, :]
+    turned = halves * cos + halves[..., ::-1, :] * sin
+    return turned.reshape(inputs.shape).astype(inputs.dtype)
 
 
 def apply_rope(

@@ -108,37 +108,47 @@ def init_cache(
 
 @flax.struct.dataclass
 class BlockWrite:
-    """Full layout: the chunk goes to slots start .. start + T - 1 of every row."""
+    """Full layout, several tokens: the chunk goes to slots start .. start + T - 1 of every row."""
 
     start: Int[Array, ""]
     end_index: Int[Array, "B"]  # after the write
     positions: Int[Array, "B S"]  # after the write
 
     def store(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array, LayerCache]:
-        zero = jnp.zeros_like(self.start)
-        at = (zero, self.start, zero, zero)
-        k, v = (
-            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
-            for old, new in ((cache["k"], k), (cache["v"], v))
-        )
+        k, v = (_write_block(cache[name], new, self.start) for name, new in (("k", k), ("v", v)))
         return k, v, {"k": k, "v": v, "end_index": self.end_index, "positions": self.positions}
 
 
 @flax.struct.dataclass
 class TokenWrite:
-    """Windowed layout, one token: each row writes its own slot, in place if the cache is donated."""
+    """Either layout, one token: each row writes one slot, in place if the cache is donated."""
 
     slot: Int[Array, "B"]  # S for a row that writes nothing
     end_index: Int[Array, "B"]
     positions: Int[Array, "B S"]
 
     def store(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array, LayerCache]:
-        rows = jnp.arange(self.slot.shape[0])
-        k, v = (
-            old.at[rows, self.slot].set(new[:, 0].astype(old.dtype), mode="drop", unique_indices=True)
-            for old, new in ((cache["k"], k), (cache["v"], v))
-        )
+        k, v = (_write_token(cache[name], new, self.slot) for name, new in (("k", k), ("v", v)))
         return k, v, {"k": k, "v": v, "end_index": self.end_index, "positions": self.positions}
+
+
+def _write_block(old: Array, new: Array, start: Int[Array, ""]) -> Array:
+    """Writes [B, T, ...] into [B, S, ...] at slot `start`."""
+    zero = jnp.zeros_like(start)
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (zero, start) + (zero,) * (old.ndim - 2))
+
+
+def _write_token(old: Array, new: Array, slot: Int[Array, "B"]) -> Array:
+    """Writes [B, 1, ...] into [B, S, ...], each row at its own slot; a slot of S is dropped.
+
+    One write more than there are rows, and dropped: XLA turns a scatter of a single row into an operation that it then
+    fuses into every reader, each of which would copy the cache.
+    """
+    batch, slots = old.shape[:2]
+    rows = jnp.arange(batch + 1, dtype=jnp.int32)
+    slot = jnp.pad(slot, (0, 1), constant_values=slots)
+    new = jnp.pad(new[:, 0].astype(old.dtype), [(0, 1)] + [(0, 0)] * (old.ndim - 2))
+    return old.at[rows, slot].set(new, mode="drop", unique_indices=True)
 
 
 @flax.struct.dataclass
@@ -167,12 +177,15 @@ class ChunkWrite:
         return jnp.where(source >= 0, jnp.take_along_axis(new, jnp.maximum(source, 0), axis=1), old)
 
 
-def plan_block_write(cache: LayerCache, positions: Int[Array, "B T"]) -> BlockWrite:
-    """The write of a chunk into one layer of the full layout."""
-    length = cache["positions"].shape[1]
-    start = cache["end_index"][0] % length
-    stored = jax.lax.dynamic_update_slice(cache["positions"], positions, (jnp.zeros_like(start), start))
-    return BlockWrite(start, cache["end_index"] + positions.shape[1], stored)
+def plan_block_write(cache: LayerCache, positions: Int[Array, "B T"]) -> BlockWrite | TokenWrite:
+    """The write of a chunk into one layer of the full layout: all rows at the place of the first one."""
+    batch, slots = cache["positions"].shape
+    start = cache["end_index"][0] % slots
+    after = cache["end_index"] + positions.shape[1]
+    if positions.shape[1] == 1:
+        slot = jnp.broadcast_to(start, (batch,))
+        return TokenWrite(slot, after, _write_token(cache["positions"], positions, slot))
+    return BlockWrite(start, after, _write_block(cache["positions"], positions, start))
 
 
 def plan_ring_write(
@@ -184,9 +197,7 @@ def plan_ring_write(
     after = before + jnp.sum(valid, axis=1, dtype=jnp.int32)
     if length == 1:
         slot = jnp.where(valid[:, 0], before % slots, slots)
-        rows = jnp.arange(slot.shape[0])
-        stored = cache["positions"].at[rows, slot].set(positions[:, 0], mode="drop", unique_indices=True)
-        return TokenWrite(slot, after, stored)
+        return TokenWrite(slot, after, _write_token(cache["positions"], positions, slot))
     # The token stored last in slot s has, among its row's tokens, the greatest number below `after` that is s mod S.
     number = newest_number(after, slots)  # [B, S]
     rank = number - before[:, None]  # among the valid tokens of the chunk

@@ -158,7 +158,7 @@ class Attention(nn.Module):
         if plan is None:
             positions = jnp.asarray(segment_pos).astype(jnp.int32)
             valid = jnp.ones(positions.shape, bool)
-            base = jnp.asarray(attn_mask) != 0
+            base = jnp.asarray(attn_mask).astype(bool)
             plan = _plan.plan_layer(self.spec, positions=positions, valid=valid, cache=cache, mask=base)
         queries, keys, values = self._project(x)
         queries = rotate(queries, plan.sin, plan.cos) * self.query_pre_attn_scalar
@@ -192,8 +192,9 @@ def attention_weights(
     """Softmax of the scores, in float32. Query head n looks at key head n // (N/K); K and V are never repeated."""
     B, T, N, H = queries.shape
     K = keys.shape[2]
-    if K == 1:  # written without the axis K, the cache is read as it lies
-        scores = jnp.einsum("BTNH,BSH->BTNS", queries, keys[:, :, 0], preferred_element_type=jnp.float32)
+    if K == 1 and T == 1:  # a decoding step: with the keys first, XLA reads the cache as it lies and copies nothing
+        scores = jnp.einsum("BSH,BNH->BSN", keys[:, :, 0], queries[:, 0], preferred_element_type=jnp.float32)
+        scores = jnp.swapaxes(scores, 1, 2)[:, None]
     else:
         grouped = queries.reshape(B, T, K, N // K, H)
         scores = jnp.einsum("BTKGH,BSKH->BTKGS", grouped, keys, preferred_element_type=jnp.float32)

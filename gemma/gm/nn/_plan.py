@@ -94,7 +94,7 @@ def plan_layer(
         write = _cache.plan_block_write(cache, positions)
         key_positions = write.positions
         if mask is None:
-            mask = _block_mask(write.start, valid, key_positions.shape[1])
+            mask = _block_mask(cache["end_index"][0] % key_positions.shape[1], valid, key_positions.shape[1])
     if spec.window is not None:
         mask = mask & window_mask(positions, key_positions, spec.window, bidirectional=spec.bidirectional)
     return LayerPlan(sin, cos, mask, write)

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`config.json` files in the spellings of the years, as the publishers wrote them, and the preset that each one is."""
+
+from __future__ import annotations
+
+_TOKENS = dict(bos_token_id=2, eos_token_id=1, pad_token_id=0)
+_HOUSE = dict(attention_bias=False, attention_dropout=0.0, initializer_range=0.02, rms_norm_eps=1e-6, use_cache=True)
+_OLD = _TOKENS | _HOUSE | dict(torch_dtype="bfloat16", transformers_version="4.38.0")
+_SIGLIP = dict(
+    hidden_size=1152,
+    intermediate_size=4304,
+    model_type="siglip_vision_model",
+    num_attention_heads=16,
+    num_hidden_layers=27,
+    patch_size=14,
+    vision_use_head=False,
+)
+_GEMMA2 = _OLD | dict(
+    model_type="gemma2",
+    architectures=["Gemma2ForCausalLM"],
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    cache_implementation="hybrid",
+    head_dim=256,
+    hidden_act="gelu_pytorch_tanh",
+    hidden_activation="gelu_pytorch_tanh",
+    max_position_embeddings=8192,
+    rope_theta=10000.0,
+    sliding_window=4096,
+    vocab_size=256000,
+)
+_GEMMA3_TEXT = _OLD | dict(
+    model_type="gemma3_text",
+    architectures=["Gemma3ForCausalLM"],
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    cache_implementation="hybrid",
+    head_dim=256,
+    hidden_activation="gelu_pytorch_tanh",
+    max_position_embeddings=32768,
+    query_pre_attn_scalar=256,
+    rope_local_base_freq=10000,
+    rope_scaling=None,
+    rope_theta=1000000,
+    sliding_window=512,
+    sliding_window_pattern=6,
+    vocab_size=262144,
+)
+_T5_SIDE = _TOKENS | dict(
+    attention_bias=False,
+    attention_dropout=0.0,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    dropout_rate=0.0,
+    head_dim=256,
+    hidden_activation="gelu_pytorch_tanh",
+    initializer_range=0.02,
+    max_position_embeddings=8192,
+    model_type="t5_gemma_module",
+    num_key_value_heads=4,
+    query_pre_attn_scalar=256,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    sliding_window=4096,
+    tie_word_embeddings=True,
+    torch_dtype="bfloat16",
+    use_cache=True,
+    vocab_size=256000,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_attention_heads=8,
+    num_hidden_layers=26,
+    layer_types=["sliding_attention", "full_attention"] * 13,
+)
+_FIVE_TO_ONE = ["sliding_attention"] * 5 + ["full_attention"]
+
+PUBLISHED: dict[str, tuple[str, dict]] = {
+    "Gemma 2B, 2024": (
+        "gemma_2b",
+        _OLD
+        | dict(
+            architectures=["GemmaForCausalLM"],
+            head_dim=256,
+            hidden_act="gelu",
+            hidden_activation=None,
+            hidden_size=2048,
+            intermediate_size=16384,
+            max_position_embeddings=8192,
+            model_type="gemma",
+            num_attention_heads=8,
+            num_hidden_layers=18,
+            num_key_value_heads=1,
+            rope_scaling=None,
+            rope_theta=10000.0,
+            vocab_size=256000,
+        ),
+    ),
+    "Gemma 2 9B, 2024, without a query scalar's float": (
+        "gemma2_9b",
+        _GEMMA2
+        | dict(
+            hidden_size=3584,
+            intermediate_size=14336,
+            num_attention_heads=16,
+            num_hidden_layers=42,
+            num_key_value_heads=8,
+            query_pre_attn_scalar=256,
+            sliding_window_size=4096,
+        ),
+    ),
+    "Gemma 2 27B, 2024": (
+        "gemma2_27b",
+        _GEMMA2
+        | dict(
+            head_dim=128,
+            hidden_size=4608,
+            intermediate_size=36864,
+            num_attention_heads=32,
+            num_hidden_layers=46,
+            num_key_value_heads=16,
+            query_pre_attn_scalar=144,
+            _attn_implementation_autoset=True,
+        ),
+    ),
+    "Gemma 3 1B, 2025": (
+        "gemma3_1b",
+        _GEMMA3_TEXT
+        | dict(
+            hidden_size=1152,
+            intermediate_size=6912,
+            num_attention_heads=4,
+            num_hidden_layers=26,
+            num_key_value_heads=1,
+        ),
+    ),
+    "Gemma 3 270M, 2025, with layer types": (
+        "gemma3_270m",
+        _GEMMA3_TEXT
+        | dict(
+            _sliding_window_pattern=6,
+            hidden_size=640,
+            intermediate_size=2048,
+            layer_types=_FIVE_TO_ONE * 3,
+            num_attention_heads=4,
+            num_hidden_layers=18,
+            num_key_value_heads=1,
+            use_bidirectional_attention=False,
+        ),
+    ),
+    "Gemma 3 4B, 2025, most sizes left to the defaults": (
+        "gemma3_4b",
+        dict(
+            architectures=["Gemma3ForConditionalGeneration"],
+            boi_token_index=255999,
+            eoi_token_index=256000,
+            eos_token_id=1,
+            image_token_index=262144,
+            initializer_range=0.02,
+            mm_tokens_per_image=256,
+            model_type="gemma3",
+            torch_dtype="bfloat16",
+            transformers_version="4.50.0.dev0",
+            text_config=dict(
+                hidden_size=2560,
+                intermediate_size=10240,
+                model_type="gemma3_text",
+                num_hidden_layers=34,
+                rope_scaling=dict(factor=8.0, rope_type="linear"),
+                sliding_window=1024,
+            ),
+            vision_config=_SIGLIP | dict(image_size=896),
+        ),
+    ),
+    "Gemma 3 27B, 2025": (
+        "gemma3_27b",
+        dict(
+            architectures=["Gemma3ForConditionalGeneration"],
+            boi_token_index=255999,
+            eoi_token_index=256000,
+            eos_token_id=1,
+            image_token_index=262144,
+            mm_tokens_per_image=256,
+            model_type="gemma3",
+            text_config=dict(
+                head_dim=128,
+                hidden_size=5376,
+                intermediate_size=21504,
+                model_type="gemma3_text",
+                num_attention_heads=32,
+                num_hidden_layers=62,
+                num_key_value_heads=16,
+                query_pre_attn_scalar=168,
+                rope_scaling=dict(factor=8.0, rope_type="linear"),
+                sliding_window=1024,
+            ),
+            vision_config=_SIGLIP | dict(image_size=896),
+        ),
+    ),
+    "EmbeddingGemma, 2025": (
+        "embeddinggemma_300m",
+        _GEMMA3_TEXT
+        | dict(
+            _sliding_window_pattern=6,
+            architectures=["Gemma3TextModel"],
+            hidden_size=768,
+            intermediate_size=1152,
+            layer_types=_FIVE_TO_ONE * 4,
+            max_position_embeddings=2048,
+            num_attention_heads=3,
+            num_hidden_layers=24,
+            num_key_value_heads=1,
+            dtype="float32",
+            use_bidirectional_attention=True,
+        ),
+    ),
+    "EmbeddingGemma, saved again with the window that transformers computes with": (
+        "embeddinggemma_300m",
+        _GEMMA3_TEXT
+        | dict(
+            hidden_size=768,
+            intermediate_size=1152,
+            max_position_embeddings=2048,
+            num_attention_heads=3,
+            num_hidden_layers=24,
+            num_key_value_heads=1,
+            sliding_window=257,
+            use_bidirectional_attention=True,
+        ),
+    ),
+    "PaliGemma 3B 224, 2024, without an image size": (
+        "paligemma_3b_224",
+        _TOKENS
+        | dict(
+            _vocab_size=257152,
+            architectures=["PaliGemmaForConditionalGeneration"],
+            hidden_size=2048,
+            ignore_index=-100,
+            image_token_index=257152,
+            model_type="paligemma",
+            projection_dim=2048,
+            torch_dtype="float32",
+            text_config=dict(
+                hidden_size=2048,
+                intermediate_size=16384,
+                model_type="gemma",
+                num_attention_heads=8,
+                num_hidden_layers=18,
+                num_image_tokens=256,
+                num_key_value_heads=1,
+                torch_dtype="float32",
+                vocab_size=257216,
+            ),
+            vision_config=_SIGLIP | dict(num_image_tokens=256, projection_dim=2048, projector_hidden_act="gelu_fast"),
+        ),
+    ),
+    "PaliGemma 2 10B 448, 2024": (
+        "paligemma2_10b_448",
+        _TOKENS
+        | dict(
+            _vocab_size=257152,
+            architectures=["PaliGemmaForConditionalGeneration"],
+            hidden_size=3584,
+            image_token_index=257152,
+            model_type="paligemma",
+            projection_dim=3584,
+            text_config=dict(
+                hidden_size=3584,
+                intermediate_size=14336,
+                model_type="gemma2",
+                num_attention_heads=16,
+                num_hidden_layers=42,
+                num_image_tokens=1024,
+                num_key_value_heads=8,
+                query_pre_attn_scalar=256,
+                sliding_window=4096,
+                vocab_size=257216,
+            ),
+            vision_config=_SIGLIP | dict(image_size=448, num_image_tokens=1024, projection_dim=3584),
+        ),
+    ),
+    "T5Gemma 2B-2B, 2025": (
+        "t5gemma_2b_2b",
+        _TOKENS
+        | dict(
+            architectures=["T5GemmaForConditionalGeneration"],
+            classifier_dropout_rate=0.0,
+            dropout_rate=0.0,
+            initializer_range=0.02,
+            is_encoder_decoder=True,
+            model_type="t5gemma",
+            encoder=_T5_SIDE | dict(is_decoder=False),
+            decoder=_T5_SIDE | dict(is_decoder=True, cross_attention_hidden_size=2304),
+            torch_dtype="bfloat16",
+            use_cache=True,
+            vocab_size=256000,
+        ),
+    ),
+}
