@@ -42,14 +42,16 @@ class TensorReader:
         self.dtype = checkpoint.info(self.slot.name).dtype
         self._checkpoint, self._tensor, self._values = checkpoint, tensor, values
 
-    def __call__(self, dtype=None) -> np.ndarray:
+    def __call__(self, dtype=None, out: np.ndarray | None = None) -> np.ndarray:
         """The tensor in canonical axes (`Tensor.axes`, `Tensor.shape`); padding rows of a vocabulary are fitted.
 
         Args:
           dtype: float32, bfloat16 or float16; None keeps plain floats as stored and makes packed ones float32.
+          out: an array of the tensor's shape to fill and return; its dtype wins. Where file and tensor have the same
+            layout it is filled from the file directly, so that nothing exists twice.
 
         Returns:
-          A read-only view of the file where nothing changes, else a fresh array. Norms have the GGUF's 1 removed, in
+          A read-only view of the file where nothing changes, else a fresh array (or `out`). Norms have the GGUF's 1 removed, in
           float32 and rounded once.
 
         Raises:
@@ -59,18 +61,32 @@ class TensorReader:
         slot, tensor = self.slot, self._tensor
         for copy in self._copies:
             _check_copy(self._checkpoint, slot.name, copy.name)
-        array = self._checkpoint.read(slot.name, np.float32 if slot.offset else dtype)
+        dtype = dtype if out is None else out.dtype
+        direct = out is not None and out.flags.c_contiguous and self._stored_as_is()
+        stored = np.float32 if slot.offset else dtype
+        array = self._checkpoint.read(slot.name, stored, out=out if direct else None)
         self._values.look_at(slot.name, array)
+        if direct:
+            return array
         array = weights.extract(array, tensor, slot)
         if slot.offset and dtype is not None:
             array = array.astype(dtype, copy=False)
-        return weights.fit_rows(array, tensor.shape[0]) if tensor.axes[0] == "V" else array
+        array = weights.fit_rows(array, tensor.shape[0]) if tensor.axes[0] == "V" else array
+        if out is None:
+            return array
+        out[...] = array
+        return out
+
+    def _stored_as_is(self) -> bool:
+        """Whether the array in the file is the tensor, number by number."""
+        slot = self.slot
+        plain = not slot.index and slot.rows is None and not slot.offset and slot.axes == self._tensor.axes
+        return plain and slot.shape == self._tensor.shape
 
     def packed(self) -> PackedTensor:
         """The tensor in its stored type. UnsupportedError where the file's axes are not the canonical ones."""
         slot = self.slot
-        plain = not slot.index and slot.rows is None and not slot.offset and slot.axes == self._tensor.axes
-        if not plain or slot.shape != self._tensor.shape:
+        if not self._stored_as_is():
             raise UnsupportedError(
                 f"{self._checkpoint.path}: {slot.name} {slot.shape} is not stored as {self._tensor.axes!r} "
                 f"{self._tensor.shape}; read it as floats"

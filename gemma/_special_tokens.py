@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from gemma._sentencepiece_proto import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Vocabulary
+from gemma._sentencepiece_proto import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
 from gemma.errors import TokenizerError
 
 
@@ -57,12 +57,15 @@ _MARKERS = frozenset(spelling.encode() for spellings in SPELLINGS.values() for s
 _TAG_NAMES = "table caption thead tbody tfoot tr th td h1 h2 h3 h4 h5 h6 blockquote strong em b i u s sub sup code"
 _TAG_NAMES += " a html body img span bbox ul ol li div iframe footer p br hr"
 _TAGS = frozenset(f"<{slash}{name}>".encode() for name in _TAG_NAMES.split() for slash in ("", "/"))
-_BLANK = (SPACE + " \n\t\r").encode()
 
 
 def is_content(piece: bytes) -> bool:
-    """True for a user-defined piece that is plain content: a run of blanks, or one of the HTML tags."""
-    return piece in _TAGS or not piece.strip(_BLANK)
+    """True for a user-defined piece that is plain content: a run of blanks, an HTML tag, or without angle brackets.
+
+    The last are `[multimodal]` of Gemma 3 and `[@BOS@]` of Gemma 1: they have no function, and every other
+    implementation matches them in plain text.
+    """
+    return piece in _TAGS or not (piece[:1] == b"<" and piece[-1:] == b">")
 
 
 def hide_special(vocabulary: Vocabulary) -> None:

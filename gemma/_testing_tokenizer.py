@@ -65,9 +65,9 @@ class ByteTokenizer:
         """The bytes of ids; special tokens are spelled out."""
         return self._bytes(ids, False)
 
-    def stream(self, *, skip_special: bool = False) -> ByteStream:
+    def stream(self) -> ByteStream:
         """A decoder for ids that come one at a time."""
-        return ByteStream(self, skip_special)
+        return ByteStream(self)
 
     def piece(self, token: int) -> str:
         return self.pieces[self._checked(token)]
@@ -79,10 +79,6 @@ class ByteTokenizer:
 
     def is_special(self, token: int) -> bool:
         return self._checked(token) < self.FIRST_BYTE
-
-    def explain(self, ids: Iterable[int]) -> list[tuple[int, str]]:
-        """(id, piece) pairs, for people to read."""
-        return [(i, self.piece(i)) for i in ids]
 
     def _checked(self, token: int) -> int:
         if not 0 <= token < self.vocab_size:
@@ -102,12 +98,12 @@ class ByteTokenizer:
 class ByteStream:
     """Decodes ids one at a time; a character appears when its last byte has come."""
 
-    def __init__(self, tokenizer: ByteTokenizer, skip_special: bool = False):
-        self._tokenizer, self._skip = tokenizer, skip_special
+    def __init__(self, tokenizer: ByteTokenizer):
+        self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer._bytes([token], self._skip))
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

@@ -55,9 +55,8 @@ class JsonEngine:
         self.special = special_ids(vocabulary)
         self._pieces, self._ids = [piece.decode() for piece in vocabulary.pieces], ids
         unknown = self._pieces[int(np.flatnonzero(self.types == UNKNOWN)[0])]
-        fallback = bool((self.types == BYTE).any())
         try:
-            model = models.BPE(dict(ids), merges, unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
+            model = models.BPE(dict(ids), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
             self._tokenizer = Tokenizer(model)
             self._tokenizer.normalizer = normalizers.Replace(" ", SPACE)
             self._tokenizer.add_tokens([AddedToken(text, normalized=normal) for text, normal in added])
@@ -89,6 +88,7 @@ def read_tokenizer_json(source) -> JsonEngine:
     model = root.child("model")
     model.one_of("type", (None, "BPE"))
     model.one_of("dropout", (None, 0, 0.0))
+    model.one_of("byte_fallback", (True,))
     for name in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"):
         model.one_of(name, (None, False, ""))
     ids = _vocabulary_ids(model)
@@ -209,9 +209,8 @@ def _vocabulary(ids: dict[str, int], added: list[dict[str, Any]], model: _Field)
         raise model.fail("vocab", f"expected the ids 0..{count - 1} without a gap, got up to {max(ids.values())}")
     types = np.full(count, NORMAL, np.uint8)
     pieces: list[bytes | None] = [None] * count
-    fallback = bool(model.value.get("byte_fallback"))
     for piece, i in ids.items():
-        match = BYTE_PIECE.fullmatch(piece) if fallback else None
+        match = BYTE_PIECE.fullmatch(piece)
         if pieces[i] is not None:
             # Gemma 1 and 2 give the tab and its byte piece one id; any other pair is a damaged file.
             first = pieces[i].decode()
@@ -228,14 +227,12 @@ def _vocabulary(ids: dict[str, int], added: list[dict[str, Any]], model: _Field)
     if not isinstance(unknown, str) or unknown not in ids:
         raise model.fail("unk_token", f"expected a piece of the vocabulary, got {unknown!r:.80}")
     types[ids[unknown]] = UNKNOWN
-    _check_bytes(types, ids, fallback, model)
+    _check_bytes(ids, model)
     return Vocabulary(pieces, np.zeros(count, np.float32), types)
 
 
-def _check_bytes(types: np.ndarray, ids: dict[str, int], fallback: bool, model: _Field) -> None:
+def _check_bytes(ids: dict[str, int], model: _Field) -> None:
     """Each byte needs a piece; an ASCII character that is a piece itself (Gemma 1's tab) needs none."""
-    if not fallback:
-        return
     for byte in range(256):
         if f"<0x{byte:02X}>" not in ids and not (byte < 128 and chr(byte) in ids):
             raise model.fail("vocab", f"byte_fallback is on, but there is no piece <0x{byte:02X}>")

@@ -74,7 +74,7 @@ def command(
 
     \b
     Examples:
-      gemma generate "The history of computing began" --stop "\\n"
+      gemma generate "The history of computing began" --max-new-tokens 14
       gemma generate "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
       gemma generate --prompt-file story.txt --no-echo > continuation.txt
       echo "2 + 2 =" | gemma generate --max-new-tokens 4

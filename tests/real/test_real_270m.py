@@ -70,7 +70,9 @@ def test_the_greedy_continuation(ours):
     from gemma import gm
 
     assert ours.tokenizer.encode(PROMPT, add_bos=True) == list(PROMPT_IDS)
-    sampler = gm.text.Sampler(model=ours.model, params=ours.params, cache_length=256, pad_length=(32,))
+    sampler = gm.text.Sampler(
+        model=ours.model, params=ours.params, tokenizer=ours.tokenizer, cache_length=256, pad_length=(32,)
+    )
     text = sampler.sample(PROMPT, max_new_tokens=14)
     assert text.startswith(CONTINUATION)
 
@@ -104,29 +106,43 @@ def test_perplexity_equals_hugging_face(text_ids, text_logits):
     assert abs(mine / theirs - 1) < 1e-3
 
 
-PROMPTS = (PROMPT_IDS, slice(0, 24), slice(330, 370))  # ids, or pieces of the text
 STEPS = 48
+PROMPTS = (
+    PROMPT,
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Photosynthesis is the process by which",
+    "La Révolution française a commencé",
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the package xllamacpp")
-def test_tokens_equal_llama_cpp(ours, llama, text_ids):
-    """Teacher-forced on llama.cpp's greedy text. It multiplies with activations rounded to 8 bits, so that its logits
-    lie about 0.7 from float32's; where the two differ in the arg-max, the two candidates must be that close."""
-    rows, mine, chosen = [], [], []
-    for prompt in PROMPTS:
-        prompt = list(prompt) if isinstance(prompt, tuple) else [2, *text_ids[prompt]]
-        tokens, logits = llama.greedy(prompt, STEPS)
-        rows.append(logits)
-        chosen += tokens[len(prompt) :]
-        mine.append(our_logits(ours, tokens[:-1])[len(prompt) - 1 :])
-    rows, mine, chosen = np.concatenate(rows), np.concatenate(mine), np.asarray(chosen)
-    assert rows.shape == mine.shape == (STEPS * len(PROMPTS), VOCAB)
-    allowed = 2 * float(np.quantile(np.abs(rows - mine), 0.99))
-    differs = mine.argmax(-1) != chosen
-    top = np.partition(mine, -2, axis=-1)[:, -2:]
-    assert (top[differs, 1] - top[differs, 0] < allowed).all()
-    assert (mine[np.arange(len(mine)), chosen] > top[:, 1] - allowed).all()  # and it is no third candidate
-    assert (~differs).mean() >= 0.97
+def test_tokens_equal_llama_cpp(ours, llama):
+    """Teacher-forced on llama.cpp's greedy text, five prompts in one padded batch of ours.
+
+    llama.cpp multiplies with activations rounded to 8 bits, so that its logits lie about 0.7 from float32's: where the
+    arg-max differs, both candidates must be that close. (Over thirteen prompts of all kinds 97.4 % are equal.)
+    """
+    import jax.numpy as jnp
+
+    prompts = [ours.tokenizer.encode(prompt, add_bos=True) for prompt in PROMPTS]
+    texts, theirs = zip(*(llama.greedy(prompt, STEPS) for prompt in prompts))
+    batch = np.zeros((len(texts), max(map(len, texts))), np.int32)
+    for row, tokens in zip(batch, texts):
+        row[: len(tokens)] = tokens
+    out = ours.model.apply({"params": ours.params}, jnp.asarray(batch))
+    mine = [row[len(p) - 1 : len(p) - 1 + STEPS] for row, p in zip(np.asarray(out.logits), prompts)]
+    mine, theirs = np.concatenate(mine), np.concatenate(theirs)
+    chosen = np.concatenate([tokens[len(p) :] for tokens, p in zip(texts, prompts)])
+    assert mine.shape == theirs.shape == (STEPS * len(PROMPTS), VOCAB)
+
+    allowed = 2 * float(np.quantile(np.abs(mine - theirs), 0.99))
+    assert allowed < 3.0  # measured 1.6; logits of unrelated models are 10 apart
+    best, second = np.sort(np.partition(mine, -2, axis=-1)[:, -2:], axis=-1).T[::-1]
+    equal = mine.argmax(-1) == chosen
+    assert ((best - second)[~equal] < allowed).all()
+    assert (best - mine[np.arange(len(mine)), chosen] < allowed).all()  # theirs is no worse candidate of ours
+    assert equal.mean() >= 0.97
 
 
 def test_our_norms_are_those_of_the_golden_page(ours, hf):

@@ -173,7 +173,10 @@ def _read_leaf(name: str, parts: list, config: configs.GemmaConfig, dtype: np.dt
         if slot.rows is not None:
             part = part[slice(*slot.rows)]
         filled = part[: tensor.shape[0]] if tensor.name == "embed" else part
-        filled[...] = weights.convert(reader(dtype), tensor.axes, slot.axes, tensor.dims)
+        if slot.axes == tensor.axes:
+            reader(out=filled)
+        else:
+            filled[...] = weights.convert(reader(dtype), tensor.axes, slot.axes, tensor.dims)
         part[len(filled) :] = 0
     return buffer
 
