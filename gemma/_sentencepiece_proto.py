@@ -65,7 +65,9 @@ class _Wire:
         value, start = 0, self.pos
         for shift in range(0, 70, 7):
             if self.pos >= self.end:
-                raise self.fail("expected a number, but the message ends; the file is truncated or no SentencePiece model")
+                raise self.fail(
+                    "expected a number, but the message ends; the file is truncated or no SentencePiece model"
+                )
             byte = self.data[self.pos]
             self.pos += 1
             value |= (byte & 127) << shift
@@ -183,7 +185,9 @@ def _check_settings(settings: dict[tuple[int, int], int], path) -> None:
     for key, (default, wanted, name) in _EXPECTED.items():
         got = settings.get(key, default)
         if got != wanted:
-            raise TokenizerError(f"{path}: {name}: every Gemma tokenizer has {wanted}, got {got}; it is another model's")
+            raise TokenizerError(
+                f"{path}: {name}: every Gemma tokenizer has {wanted}, got {got}; it is another model's"
+            )
 
 
 # --- rules

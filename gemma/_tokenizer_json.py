@@ -36,6 +36,7 @@ MAX_MERGES = 1 << 21  # four times Gemma 3's
 MAX_ADDED = 1 << 15  # added tokens; Gemma has 6,415
 _MAX_BRACKETS = 1 << 21  # of one kind in the file: they bound what json.loads allocates
 _MAX_COMMAS = 1 << 23
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _ESCAPE = dict(type="Replace", pattern=dict(String=" "), content=SPACE)
 _NORMALIZERS = (_ESCAPE, dict(type="Sequence", normalizers=[_ESCAPE]))
@@ -166,17 +167,25 @@ def _vocabulary_ids(model: _Field) -> dict[str, int]:
     ids = model.get("vocab", dict)
     if not 1 <= len(ids) <= MAX_PIECES:
         raise model.fail("vocab", f"expected 1 to {MAX_PIECES} pieces, got {len(ids)}")
-    for piece, i in ids.items():
+    for piece in ids if _any_odd(ids) else ():  # one by one only to name the culprit
         _check_piece(model, "vocab", piece)
+    for piece, i in ids.items():
         if type(i) is not int or not 0 <= i < MAX_PIECES:
-            raise model.fail("vocab", f"the id of {piece!r:.80}: expected an integer in 0..{MAX_PIECES - 1}, got {i!r:.80}")
+            raise model.fail(
+                "vocab", f"the id of {piece!r:.80}: expected an integer in 0..{MAX_PIECES - 1}, got {i!r:.80}"
+            )
     return ids
+
+
+def _any_odd(ids: dict[str, int]) -> bool:
+    joined = "".join(ids)
+    return "" in ids or "\0" in joined or max(map(len, ids)) > MAX_PIECE or bool(_SURROGATE.search(joined))
 
 
 def _check_piece(field: _Field, name: str, piece: Any) -> None:
     if not isinstance(piece, str) or not piece or len(piece) > MAX_PIECE or "\0" in piece:
         raise field.fail(name, f"expected pieces of 1 to {MAX_PIECE} characters without NUL, got {piece!r:.80}")
-    if not piece.isascii() and re.search("[\ud800-\udfff]", piece):
+    if _SURROGATE.search(piece):
         raise field.fail(name, f"expected Unicode text, got a lone surrogate in {piece!r:.80}")
 
 
@@ -245,13 +254,14 @@ def _merges(model: _Field, ids: dict[str, int], control: set[str]) -> list[tuple
         raise model.fail("merges", f"expected at most {MAX_MERGES}, got {len(merges)}")
     out = []
     for n, merge in enumerate(merges):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise model.fail(f"merges[{n}]", f"expected two pieces, got {merge!r:.80}")
-        left, right = pair
-        whole = left + right
-        if left not in ids or right not in ids or whole not in ids:
-            raise model.fail(f"merges[{n}]", f"expected pieces of the vocabulary, got {merge!r:.80}")
+        try:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            whole = left + right
+            known = left in ids and right in ids and whole in ids
+        except (TypeError, ValueError):  # not two, or not strings
+            known = False
+        if not known:
+            raise model.fail(f"merges[{n}]", f"expected two pieces whose union is a piece too, got {merge!r:.80}")
         if whole not in control:
             out.append((left, right))
     return out

@@ -170,7 +170,7 @@ def _gguf_vocabulary(source: TokenizerSource) -> Vocabulary:
     if source.flags.get("add_space_prefix"):
         raise TokenizerError(f"{path}: tokenizer.ggml.add_space_prefix is true: no Gemma adds a space before a text")
     types = np.asarray(source.types)
-    if types.size and not (0 < types.min() and types.max() < 256):
+    if types.size and (types.min() < 1 or types.max() > 255):
         raise TokenizerError(f"{path}: expected piece types in 1..6, got {types.min()}..{types.max()}")
     pieces = [piece.encode("utf-8", "surrogatepass") for piece in source.pieces]
     # GGUF holds user-defined pieces with real spaces, all others with U+2581.

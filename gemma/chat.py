@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations: turns as data, the formats of Gemma 1 to 4, ids with loss masks, end tokens, a wrapper for base models.
+"""Conversations: turns as data, formats of Gemma 1 to 4, ids with loss masks, end tokens, a wrapper for base models.
 
 Templates are code, not Jinja. Contents never become control tokens: markers are put in as ids, and everything between
 two markers is encoded as plain text, in one run, so that the ids equal those of the official template's text. How
@@ -123,16 +123,7 @@ def format_for(source: Tokenizer | GemmaConfig | PaliGemmaConfig | T5GemmaConfig
     return _BY_VERSION[source.version]
 
 
-# --- turns to segments
-
-
-@dataclasses.dataclass(frozen=True)
-class _Text:
-    """Plain text of a turn: the role line, then what is said. `images`: image markers in it count as markers."""
-
-    head: str
-    body: str
-    images: bool = False
+# --- checking and rendering
 
 
 def _spoken(turns: Sequence[Turn], format: ChatFormat) -> list[tuple[str, str, str]]:
@@ -150,8 +141,8 @@ def _spoken(turns: Sequence[Turn], format: ChatFormat) -> list[tuple[str, str, s
         wanted = ("user", "model")[n % 2]
         if turn.role != wanted:
             raise PromptError(
-                f"turn {n + (system is not None)}: expected role {wanted!r}, got {turn.role!r}; turns alternate between "
-                f"user and model and begin with the user, a system text stands first: join neighbours of one role"
+                f"turn {n + (system is not None)}: expected role {wanted!r}, got {turn.role!r}; turns alternate "
+                f"between user and model and begin with the user, a system text stands first: join neighbours of one role"
             )
     out = [(turn.role, "", turn.content.strip()) for turn in turns]
     if system is not None and format.system == "turn":
@@ -229,7 +220,9 @@ def encode_chat(
     newline = _plain(tokenizer, "\n")
     ids, mask = [tokenizer.id_of(format.bos)], [False]
     for role, prefix, content in spoken:
-        head, body = _encode_turn(tokenizer, f"{format.roles[role]}\n", prefix, content, format if images else None, role)
+        head, body = _encode_turn(
+            tokenizer, f"{format.roles[role]}\n", prefix, content, format if images else None, role
+        )
         said = role == "model"
         ids += [start, *head, *body, end, *newline]
         mask += [False] * (1 + len(head)) + [said] * (len(body) + 1) + [False] * len(newline)

@@ -267,10 +267,14 @@ def _hint(name: str) -> str:
     except ConfigError as error:
         _, found, near = str(error).partition("did you mean ")
         given = _can_be_given()
-        return f"{given[0].upper()}{given[1:]}." + (f" Among the sizes of the family, did you mean {near}" if found else "")
+        return f"{given[0].upper()}{given[1:]}." + (
+            f" Among the sizes of the family, did you mean {near}" if found else ""
+        )
     stem = _stem(name, preset)
     text = re.fullmatch(r"(code)?gemma(\d?)_(\w+)", stem)
-    repository = f"google/{text[1] or ''}gemma-{text[2] + '-' if text[2] else ''}{text[3]}-it" if text else "google/<name>"
+    repository = (
+        f"google/{text[1] or ''}gemma-{text[2] + '-' if text[2] else ''}{text[3]}-it" if text else "google/<name>"
+    )
     return (
         f"{stem} is the name of a size; its weights are not on this machine. Accept the Gemma terms at "
         f"https://huggingface.co/{repository.partition('/<')[0]}, then {_download(repository, stem)}"

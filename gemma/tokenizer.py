@@ -238,7 +238,9 @@ class Tokenizer:
             if token not in self._special_ids:
                 raise TokenizerError(f"id {token} ({self.piece(token)!r}) is an ordinary piece and keeps its spelling")
             if not isinstance(spelling, str) or not spelling or spelling in others:
-                raise TokenizerError(f"id {token}: expected a spelling that is not empty and not taken, got {spelling!r}")
+                raise TokenizerError(
+                    f"id {token}: expected a spelling that is not empty and not taken, got {spelling!r}"
+                )
         if len(set(names.values())) != len(names):
             raise TokenizerError(f"expected one spelling for each id, got {sorted(names.values())}")
         return Tokenizer(self._engine, self._name, names)

@@ -64,15 +64,16 @@ def presets_page() -> str:
         "# Presets\n",
         NOTE,
         "Sizes use the letters of [axes.md](axes.md): D model width, F MLP width, N query heads, K key heads, H head "
-        "size, V vocabulary rows of the published Hugging Face checkpoint. Parameters count a tied head once. The "
-        "numbers are stated in `gemma/config.py` and nowhere else.\n",
+        "size, V vocabulary rows of the published Hugging Face checkpoint, which the JAX package pads differently. "
+        "Parameters count a tied head once. The numbers are stated in `gemma/config.py` and nowhere else.\n",
         "## Text, and Gemma 3 with images\n",
         _table(
-            ("preset", *sizes, "context", "attention", "also", "parameters"),
+            ("preset", *sizes, "JAX rows", "context", "attention", "also", "parameters"),
             (
                 (
                     f"`{name}`",
                     *_sizes(c),
+                    f"{c.table_rows:,}",
                     f"{c.max_position_embeddings:,}",
                     _attention(c),
                     _extras(c) + (f", images of {c.vision.image_size} pixels" if c.vision else ""),
@@ -130,9 +131,8 @@ def _rows(table: Iterable[rows.Row], formats: tuple[str, ...]) -> str:
     )
 
 
-def _legend() -> str:
-    lines = (rows.__doc__ or "").partition("A column reads")
-    return "A column reads" + lines[2].strip() + "\n"
+def _pitfalls() -> str:
+    return (rows.__doc__ or "").partition("Pitfalls that the rows state:\n")[2].replace("  * ", "* ")
 
 
 def weights_page() -> str:
@@ -143,7 +143,6 @@ def weights_page() -> str:
         "mha": "as many key heads as heads (Gemma 1 7B, most T5Gemma)",
         "transposed": "`transpose_gating_einsum`",
         "untied": "a head of its own",
-        "multimodal": "Gemma 3 with images",
         "t5": "either side of a T5Gemma",
         "stacked": "inside PaliGemma",
         "head": "a SigLIP tower with its pooling head",
@@ -163,7 +162,12 @@ def weights_page() -> str:
         "llama.cpp, `ckpt` the PyTorch package, `npz` big_vision, `sbs` gemma.cpp. The letters are in "
         "[axes.md](axes.md), the rows in `gemma/weights/_rows.py` and `_rows_vision.py`. An empty cell: the format has "
         "no place for the tensor, or its name there is not established (gemma.cpp's image tensors).\n",
-        _legend(),
+        "A cell reads: the name on disk, then `[i,0]` for a place in leading stacked axes (`i` is the layer), "
+        "`rows a:b:step` for a range of a fused array, the axes where they are not the canonical ones, and `+1` where "
+        "the file stores 1 + w. Of several lines the first whose flag holds counts; `if` is the flag under which the "
+        "tensor exists at all. A name stands behind the beginning of its part (below).\n",
+        "Pitfalls:\n",
+        _pitfalls(),
         "Flags:\n",
         _table(("flag", "holds for"), flags.items()),
         "## Text\n",

@@ -67,8 +67,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _common.BROKEN_PIPE
     except (KeyboardInterrupt, typer.Abort):
-        if _common.is_terminal(sys.stderr):
-            print(file=sys.stderr)  # leave the line that shows ^C
         return _common.INTERRUPTED
     except GemmaError as error:
         return _failed(error, _common.USAGE)

@@ -62,7 +62,7 @@ class Conversation:
         params = dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room))
         answer = ""
         try:
-            for piece in Generation(self._opened, ids, params, end_ids):
+            for piece in Generation(self._opened, ids, params, end_ids, show_special=False):
                 answer += piece
                 yield piece
         finally:  # also where the user stopped it: what was seen is part of the conversation

@@ -27,10 +27,21 @@ class Generation:
       stopped_by: the end token's name or the stop string, or None.
       prompt_seconds: until the first token came: computing the prompt and, on a first run, compiling.
       decode_seconds: from the first token to the last.
+
+    With `show_special` special tokens that end nothing are spelled out; without it they are left out of the text.
     """
 
-    def __init__(self, opened: Opened, ids: Sequence[int], params: SamplingParams, end_ids: Collection[int]):
+    def __init__(
+        self,
+        opened: Opened,
+        ids: Sequence[int],
+        params: SamplingParams,
+        end_ids: Collection[int],
+        *,
+        show_special: bool = True,
+    ):
         self._opened, self._prompt, self._params, self._end_ids = opened, list(ids), params, frozenset(end_ids)
+        self._show_special = show_special
         self.ids: list[int] = []
         self.finish_reason: str | None = None
         self.stopped_by: str | None = None
@@ -50,7 +61,8 @@ class Generation:
             if token in self._end_ids:
                 self.finish_reason, self.stopped_by = "stop", self._opened.tokenizer.piece(token)
                 break
-            text = checker.push(decoder.push(token))
+            shown = self._show_special or not self._opened.tokenizer.is_special(token)
+            text = checker.push(decoder.push(token)) if shown else ""
             if text:
                 yield text
             if checker.stopped is not None:

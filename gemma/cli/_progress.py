@@ -9,32 +9,33 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from gemma.cli._common import is_terminal
 
 _DELAY = 0.5  # seconds
 
-Update = Callable[[float, float], None]  # (done, total), in any unit
-
 
 @contextlib.contextmanager
-def waiting(message: str) -> Iterator[Update]:
-    """Shows `message` with the time that passed; calling the yielded function adds a bar."""
+def waiting(message: str) -> Iterator[None]:
+    """Shows `message`, a moving bar and the time that passed, as long as the block runs."""
     if not is_terminal(sys.stderr):
-        yield lambda done, total: None
+        yield
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     look = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
-    bar = Progress(*look, console=Console(stderr=True), transient=True)
-    task = bar.add_task(message, total=None)
+    bar = Progress(*look, console=Console(stderr=True), transient=True, refresh_per_second=5)
+    bar.add_task(message, total=None)
     timer = threading.Timer(_DELAY, bar.start)
     timer.daemon = True
     timer.start()
     try:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # leave the line that shows ^C
+        raise
     finally:
         timer.cancel()
         timer.join()  # it may be starting the bar right now

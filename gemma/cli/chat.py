@@ -106,8 +106,10 @@ def _interactive(conversation: Conversation) -> None:
     while True:
         try:
             line = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as end:
             _common.write("\n")
+            if isinstance(end, KeyboardInterrupt):
+                raise
             return
         try:
             if line.strip() and not _obey(conversation, line):

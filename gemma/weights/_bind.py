@@ -83,13 +83,12 @@ def _rename(
     table: Iterable[Tensor], names: Mapping[str, tuple[int, ...]], config: AnyConfig, format: str
 ) -> dict[str, Slot]:
     """The slots of the table with the roots that this file uses: the ones under which most names are there."""
-    groups: dict[tuple[str, str], list[Tensor]] = {}
+    groups: dict[tuple[str, ...], list[Tensor]] = {}
     for tensor in table:
         if format in tensor.slots:
-            groups.setdefault((family(config, tensor.name), tensor.part), []).append(tensor)
+            groups.setdefault(roots(family(config, tensor.name), format, tensor.part), []).append(tensor)
     renamed = {}
-    for (kin, part), members in groups.items():
-        choices = roots(kin, format, part)
+    for choices, members in groups.items():
         tails = {t.name: t.slots[format].name.removeprefix(choices[0]) for t in members}
         hits = [sum(root + tail in names for tail in tails.values()) for root in choices]
         root = choices[hits.index(max(hits))]

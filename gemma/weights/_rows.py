@@ -31,7 +31,7 @@ class Row:
 
     name: str  # canonical
     axes: str  # canonical axes, Hugging Face's orientation
-    part: str  # whose root is put before the names: text, head, vision, mm
+    part: str  # whose root is put before the names: embed, text, head, vision, mm
     when: str  # the flag under which the tensor exists; "" is always
     columns: Mapping[str, str]
 
@@ -42,13 +42,13 @@ def _row(part: str, name: str, axes: str, when: str = "", **columns: str) -> Row
 
 TEXT_TOP = (
     _row(
-        "text",
+        "embed",
         "embed",
         "V D",
         hf="embed_tokens.weight",
         flax="embedder/input_embedding",
         gguf="token_embd.weight",
-        ckpt="multimodal? text_token_embedder.weight ; embedder.weight",
+        ckpt="embedder.weight",
         npz="embedder/input_embedding",
         sbs="c_embedding",
     ),
@@ -302,15 +302,17 @@ PALIGEMMA_MM = (
 )
 
 # Where names start. The first root is the one that is written; a reader takes the one that most names agree with.
-# (format, part) -> roots. Absent: "".
+# (format, part) -> roots. Absent: those of the text for the embedding, else "".
 ROOTS: Mapping[str, Mapping[tuple[str, str], tuple[str, ...]]] = {
     "text": {
         ("hf", "text"): ("model.", "", "language_model.model.", "model.language_model.", "language_model."),
         ("hf", "head"): ("", "language_model."),
+        ("ckpt", "embed"): ("", "text_token_"),
     },
     "base": {
         ("hf", "text"): ("", "model.", "language_model.model.", "model.language_model.", "language_model."),
         ("hf", "head"): ("", "language_model."),
+        ("ckpt", "embed"): ("", "text_token_"),
     },
     "multimodal": {
         ("hf", "text"): ("model.language_model.", "language_model.model.", "language_model.", "model.", ""),
@@ -323,6 +325,7 @@ ROOTS: Mapping[str, Mapping[tuple[str, str], tuple[str, ...]]] = {
         ),
         ("hf", "mm"): ("model.multi_modal_projector.", "multi_modal_projector."),
         ("flax", "vision"): ("vision_encoder/siglip_encoder/",),
+        ("ckpt", "embed"): ("text_token_", ""),
         ("ckpt", "vision"): ("siglip_vision_model.",),
         ("npz", "text"): ("params/llm/", "llm/"),
         ("npz", "vision"): ("params/img/", "img/"),

@@ -54,7 +54,7 @@ class Tensor:
       axes: canonical axes, Hugging Face's orientation, for example "(N H) D".
       dims: the length of each letter.
       shape: of the canonical array.
-      part: "text", "head", "vision" or "mm" (what joins the two).
+      part: "embed", "text" (the layers), "head", "vision" or "mm" (what joins tower and decoder).
       slots: format to place; a format that has no place for this tensor is absent.
     """
 
@@ -96,7 +96,8 @@ _COLUMN = re.compile(
 
 def roots(family: str, format: str, part: str) -> tuple[str, ...]:
     """The possible beginnings of a part's names; the first one is written."""
-    return rows.ROOTS[family].get((format, part), ("",))
+    table = rows.ROOTS[family]
+    return table.get((format, part)) or table.get((format, "text" if part == "embed" else part)) or ("",)
 
 
 def _length(term: str, dims: Mapping[str, int]) -> int:
@@ -108,22 +109,38 @@ def _length(term: str, dims: Mapping[str, int]) -> int:
     return total
 
 
-def _slot(column: str, row: rows.Row, side: _Side, format: str, layer: int) -> Slot | None:
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """What a column says for one side, before the layer is known; the shape is still that of the tensor alone."""
+
+    name: str
+    axes: str
+    index: tuple[str, ...]
+    rows: tuple[int, int, int] | None
+    shape: tuple[int, ...]
+    offset: float
+
+    def at(self, layer: int) -> Slot:
+        index = tuple(layer if i == "i" else int(i) for i in self.index)
+        return Slot(self.name.replace("{i}", str(layer)), self.axes, index, self.rows, self.shape, self.offset)
+
+
+def _place(column: str, row: rows.Row, side: _Side, format: str) -> _Place | None:
     for choice in column.split(" ; "):
         parts = _COLUMN.fullmatch(choice)
         assert parts is not None, f"row {row.name}, column {format}: cannot read {choice!r}"
         flag = parts["flag"] or ""
         if flag and (flag.lstrip("!") in side.flags) == flag.startswith("!"):
             continue
-        index = tuple(layer if i == "i" else int(i) for i in parts["index"].split(",")) if parts["index"] else ()
+        index = tuple(parts["index"].split(",")) if parts["index"] else ()
         span = None
         if parts["rows"]:
             start, stop, *step = parts["rows"].split(":")
             span = (_length(start, side.dims), _length(stop, side.dims), int(step[0]) if step else 1)
-        name = roots(side.family, format, row.part)[0] + parts["name"].replace("{i}", str(layer))
-        axes = parts["axes"] or row.axes
+        name = roots(side.family, format, row.part)[0] + parts["name"]
+        axes, offset = parts["axes"] or row.axes, 1.0 if parts["one"] else 0.0
         shape = shape_of(axes, {**side.dims, "V": _rows_written(side, format)} if row.axes[0] == "V" else side.dims)
-        return Slot(name, axes, index, span, shape, offset=1.0 if parts["one"] else 0.0)
+        return _Place(name, axes, index, span, shape, offset)
     return None
 
 
@@ -136,20 +153,17 @@ def _rows_written(side: _Side, format: str) -> int:
 
 
 def _expand(side: _Side, table: tuple[rows.Row, ...], layers: int | None = None) -> Iterator[Tensor]:
+    ready = []
+    for row in table:
+        if not row.when or row.when in side.flags:
+            places = {f: _place(c, row, side, f) for f, c in row.columns.items() if f in side.formats}
+            dims = {letter: size for letter, size in side.dims.items() if letter in row.axes}
+            known = {format: place for format, place in places.items() if place is not None}
+            ready.append((side.prefix + row.name, row, dims, shape_of(row.axes, dims), known))
     for layer in range(1 if layers is None else layers):
-        for row in table:
-            if row.when and row.when not in side.flags:
-                continue
-            found = {f: _slot(c, row, side, f, layer) for f, c in row.columns.items() if f in side.formats}
-            letters = set(row.axes) & set(side.dims)
-            yield Tensor(
-                name=side.prefix + row.name.replace("{i}", str(layer)),
-                axes=row.axes,
-                dims={letter: side.dims[letter] for letter in side.dims if letter in letters},
-                shape=shape_of(row.axes, side.dims),
-                part=row.part,
-                slots={f: slot for f, slot in found.items() if slot is not None},
-            )
+        for name, row, dims, shape, places in ready:
+            slots = {format: place.at(layer) for format, place in places.items()}
+            yield Tensor(name.replace("{i}", str(layer)), row.axes, dims, shape, row.part, slots)
 
 
 def _text_side(config: GemmaConfig, family: str, formats: str, prefix: str = "", *flags: str, **dims: int) -> _Side:
@@ -195,7 +209,7 @@ def _gemma(config: GemmaConfig) -> Iterator[Tensor]:
         family = "base" if config.use_bidirectional_attention else "text"
         yield from _decoder(_text_side(config, family, "hf flax gguf ckpt sbs"), config.num_hidden_layers)
         return
-    side = _text_side(config, "multimodal", "hf flax gguf ckpt sbs", "", "multimodal")
+    side = _text_side(config, "multimodal", "hf flax gguf ckpt sbs")
     tower = _vision_side(config.vision, "multimodal", "hf flax ckpt", config.hidden_size)
     yield from _decoder(side, config.num_hidden_layers)
     yield from _tower(tower, config.vision.num_hidden_layers)
@@ -273,8 +287,11 @@ def _with_shapes(table: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         shapes[key] = stack + own
 
     def whole(tensor: Tensor) -> Tensor:
-        slots = {f: dataclasses.replace(slot, shape=shapes[f, slot.name]) for f, slot in tensor.slots.items()}
-        return dataclasses.replace(tensor, slots=slots)
+        found = {f: slot for f, slot in tensor.slots.items() if slot.shape != shapes[f, slot.name]}
+        if not found:
+            return tensor
+        found = {f: dataclasses.replace(slot, shape=shapes[f, slot.name]) for f, slot in found.items()}
+        return dataclasses.replace(tensor, slots={**tensor.slots, **found})
 
     return tuple(map(whole, table))
 

@@ -62,6 +62,11 @@ def test_control_spellings_stay_letters(cli, fake):
     assert ids.count(double.tokenizer.id_of("<end_of_turn>")) == 1
 
 
+def test_special_tokens_in_an_answer_are_not_shown(cli, fake):
+    fake("Fine,<start_of_image> thank you.", **ROOMY)
+    assert cli("chat", "-t", "0", stdin=b"Hello\n").out == f"{REPLY}\n"
+
+
 def test_base_model_gets_the_wrapper_and_says_so(cli, fake):
     double = fake(" " + REPLY, tuned=False, **ROOMY)
     seen = prompts(double)

@@ -101,7 +101,12 @@ def test_cache_bytes_are_those_of_the_ring():
 
 @pytest.mark.parametrize(
     "spelled, name",
-    [("Gemma-3-1B", "gemma3_1b"), ("gemma-2-9b", "gemma2_9b"), ("codegemma_7b", "gemma_7b"), (" gemma_2b ", "gemma_2b")],
+    [
+        ("Gemma-3-1B", "gemma3_1b"),
+        ("gemma-2-9b", "gemma2_9b"),
+        ("codegemma_7b", "gemma_7b"),
+        (" gemma_2b ", "gemma_2b"),
+    ],
 )
 def test_spellings(spelled, name):
     assert preset_name(spelled) == name and preset(spelled) is PRESETS[name]

@@ -9,6 +9,7 @@ fault is "put this value there". The valid files are tiny but complete models: e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import struct
 from pathlib import Path
@@ -376,16 +377,20 @@ def field(number: int, payload: bytes | int | float) -> bytes:
     return varint(number << 3 | 2) + varint(len(payload)) + payload
 
 
+@functools.cache
+def _piece(piece: str | bytes, score: float, kind: int) -> bytes:
+    text = piece.replace(" ", "▁").encode() if isinstance(piece, str) else piece
+    return field(1, field(1, text) + field(2, score) + field(3, kind))
+
+
 def sentencepiece_bytes(pieces=None, scores=None, types=None, *, family: int = 3, model_type: int = 2) -> bytes:
     """A ModelProto: pieces (1), trainer (2: BPE, byte fallback, special ids), normalizer (3: identity)."""
     if pieces is None:
         pieces, scores, types = vocabulary(family)
     out = bytearray()
     for piece, score, kind in zip(pieces, scores, types):
-        text = piece.replace(" ", "▁") if isinstance(piece, str) else piece
-        text = text.encode() if isinstance(text, str) else text
-        out += field(1, field(1, text) + field(2, float(score)) + field(3, kind))
-    trainer = field(3, model_type) + field(4, len(pieces)) + field(35, 1)
+        out += _piece(piece, float(score), kind)
+    trainer = field(3, model_type) + field(4, len(pieces)) + field(35, int(BYTE in types))
     trainer += field(40, 3) + field(41, 2) + field(42, 1) + field(43, 0)
     trainer += field(45, b"<unk>") + field(46, b"<bos>") + field(47, b"<eos>") + field(48, b"<pad>")
     return bytes(out) + field(2, trainer) + field(3, field(1, b"identity") + field(3, 0) + field(4, 0) + field(5, 1))

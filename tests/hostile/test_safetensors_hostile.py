@@ -365,7 +365,6 @@ CONFIGS = {
     "layers are a float": dict(num_hidden_layers=2.5),
     "layers are a boolean": dict(num_hidden_layers=True),
     "layers are a list": dict(num_hidden_layers=[2]),
-    "layers are null": dict(num_hidden_layers=None),
     "negative heads": dict(num_attention_heads=-2),
     "no heads": dict(num_attention_heads=0),
     "10^9 heads": dict(num_attention_heads=10**9),
@@ -406,6 +405,11 @@ def test_configurations_that_lie(tmp_path, fault):
     assert isinstance(error, (ConfigError, FormatError, UnsupportedError))
     field = next(iter(CONFIGS[fault]))
     assert any(part in str(error) for part in [field, *CONFIGS[fault], "rope", "model_type"]), error
+
+
+def test_null_is_as_good_as_absent(tmp_path):
+    """A null size is the family's default, which then does not fit the tensors: never a silent guess that loads."""
+    refused(config_of(tmp_path, h.hf_config(ROWS, num_hidden_layers=None)), WeightsMismatch, act=drive, longest=50_000)
 
 
 def test_an_unknown_flag_is_refused_by_name(tmp_path):

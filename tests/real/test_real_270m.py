@@ -91,12 +91,11 @@ def test_logits_equal_hugging_face(hf, text_ids, text_logits):
 
 
 def perplexity(logits: np.ndarray, ids) -> float:
-    """exp of the mean negative log-likelihood of ids[1:], in float64; logits [T, V]."""
+    """exp of the mean negative log-likelihood of ids[1:], summed in float64; logits [T, V]."""
     total = 0.0
     for row, target in zip(logits[:-1], ids[1:]):
-        row = row.astype(np.float64)
-        top = row.max()
-        total += top + np.log(np.exp(row - top).sum()) - row[target]
+        below = row - row.max()
+        total += np.log(np.exp(below).sum(dtype=np.float64)) - float(below[target])
     return float(np.exp(total / (len(ids) - 1)))
 
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer of the real Gemma 3 270M file against llama.cpp and Hugging Face's `tokenizers`.
 
-Known difference from llama.cpp: the file calls `<start_of_image>` and `<end_of_image>` user-defined pieces, so there
-they become ids even where special spellings are off. Here they are control tokens: an image marker typed by a person
-must not stand for an image.
+Known differences from llama.cpp, each excluded below and nowhere else:
+* The file calls `<start_of_image>` and `<end_of_image>` user-defined pieces, so there they become ids even where
+  special spellings are off. Here they are control tokens: a typed marker must not stand for an image.
+* llama.cpp takes the HTML tag `</s>` for an end token by its spelling; for Gemma it is a user-defined piece.
+* A typed U+2581 beside a space: SentencePiece, which is the reference, sees two of the same sign and finds the piece
+  of two spaces; llama.cpp and `tokenizers` look for that piece before they replace the space.
 """
 
 from __future__ import annotations
@@ -148,13 +151,18 @@ def test_fuzzed_strings_with_control_spellings_equal_llama_cpp(tokenizer, llama,
         assert ids == llama.encode(text, parse_special=True), repr(text)
         assert tokenizer.decode(ids) == text, repr(text)
         plain = tokenizer.encode(text, parse_special=False)
-        assert plain == llama.encode(text, parse_special=False), repr(text)
+        if "</s>" not in text:
+            assert plain == llama.encode(text, parse_special=False), repr(text)
 
 
 def test_fuzzed_strings_equal_hugging_face(tokenizer, hf, words):
     texts = strings(words, 2000, seed=3) + strings(words, 500, seed=4, controls=True)
     for text, encoding in zip(texts, hf.encode_batch(texts, add_special_tokens=False)):
         assert tokenizer.encode(text) == encoding.ids, repr(text)
+
+
+def test_the_block_character_is_a_space_to_sentencepiece(tokenizer):
+    assert tokenizer.encode("▁") == tokenizer.encode(" ") and tokenizer.encode("a ▁b") == tokenizer.encode("a  b")
 
 
 def test_running_text_equals_both(tokenizer, llama, hf):
@@ -315,7 +323,7 @@ def test_plain_text_never_becomes_a_control_token(tokenizer, llama, control_ids)
         assert not control_ids & set(ids), repr(text)
         assert "▁" in text or tokenizer.decode(ids) == text, repr(text)
         seen += bool(control_ids & set(tokenizer.encode(text, parse_special=True)))
-        if not any(mark in text for mark in ref.IMAGES):
+        if not any(mark in text for mark in [*ref.IMAGES, "</s>", "▁"]):
             assert ids == llama.encode(text, parse_special=False), repr(text)
     assert seen > 500  # with parsing on, most of these do
 

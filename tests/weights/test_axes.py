@@ -100,7 +100,7 @@ def test_every_letter_is_in_the_alphabet():
     alphabet = set(re.findall(r"[A-Z]", "".join(re.findall(r"^\| ([A-Z](?:, [A-Z])*) \|", text, re.M))))
     assert {"B", "T", "S", "N", "K", "G", "H", "D", "F", "V"} <= alphabet
     rows = every_row()
-    assert len(rows) > 50 and set(VISION_LAYER) <= set(rows)
+    assert len(rows) > 50 and all(row in rows for row in VISION_LAYER)
     used = {letter for row in rows for letter in re.findall(r"[A-Z]", row.axes)}
     assert used <= alphabet and set(_axes.SHARDING) <= alphabet
 

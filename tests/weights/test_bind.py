@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Binding is strict: everything missing, unexpected and misshaped in one error; the allow-lists are as small as stated."""
+"""Binding is strict: all that is missing, unexpected or misshaped in one error; short allow-lists."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_everything_wrong_is_listed_at_once():
         assert line in str(error)
 
 
-@pytest.mark.parametrize("name, format", [("gemma", "flax"), ("gemma", "ckpt"), ("paligemma", "npz"), ("gemma", "gguf")])
+@pytest.mark.parametrize(
+    "name, format", [("gemma", "flax"), ("gemma", "ckpt"), ("paligemma", "npz"), ("gemma", "gguf")]
+)
 def test_each_name_is_needed_and_each_shape_checked(name, format):
     config = FAMILIES[name]
     for array, shape in expected(config, format).items():
@@ -210,7 +212,9 @@ def test_tables_without_weights_are_passed_over(format, name):
         assert refused(names_of(GEMMA3, other) | {name: (64,)}, GEMMA3, other).unexpected == (name,)
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq2", "xfreqs_cis", "lm_head.bias", "head"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq2", "xfreqs_cis", "lm_head.bias", "head"]
+)
 def test_lookalikes_are_not(name):
     assert refused(names_of(GEMMA3) | {name: (64,)}, GEMMA3).unexpected == (name,)
 

@@ -13,12 +13,13 @@ from gemma.weights import bind, convert, expected, fit_rows, pack, tensors, unpa
 
 
 def values_of(config, dtype=np.float32) -> dict[str, np.ndarray]:
-    """Every element distinct per tensor; norms are multiples of 2^-8, so that adding the 1 of a GGUF is exact."""
+    """Every element distinct per tensor; norms are multiples of 2^-8, and no -0, so that adding
+    the 1 of a GGUF is exact."""
     rng = np.random.default_rng(7)
     out = {}
     for tensor in tensors(config):
         draw = rng.standard_normal(tensor.shape).astype(np.float32)
-        out[tensor.name] = (np.round(draw * 64) / 256 if len(tensor.shape) == 1 else draw).astype(dtype)
+        out[tensor.name] = (np.round(draw * 64) / 256 + 0.0 if len(tensor.shape) == 1 else draw).astype(dtype)
     return out
 
 
@@ -29,12 +30,11 @@ def test_pack_and_unpack(name, format):
     packed = pack(values, config, format=format)
     assert {k: v.shape for k, v in packed.items()} == expected(config, format)
     back = unpack(packed, config, format=format)
-    rows = min(t.slots[format].shape[0] for t in tensors(config) if t.axes[0] == "V") if "siglip" not in name else 0
     for tensor in tensors(config):
         got, want = back[tensor.name], values[tensor.name]
         assert got.shape == want.shape == tensor.shape
         if tensor.axes[0] == "V":  # a format with fewer rows loses the padding, which no token reaches
-            want = fit_rows(want[: max(rows, 1)], tensor.shape[0]) if rows < tensor.shape[0] else want
+            want = fit_rows(want[: tensor.slots[format].shape[0]], tensor.shape[0])
         assert got.tobytes() == want.tobytes(), tensor.name
 
 
@@ -128,7 +128,7 @@ def test_a_tied_copy_must_be_equal():
     config = FAMILIES["gemma3"]
     arrays = pack(values_of(config), config, format="hf")
     arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
-    assert unpack(arrays, config, format="hf")["embed"] is arrays["model.embed_tokens.weight"]
+    assert np.shares_memory(unpack(arrays, config, format="hf")["embed"], arrays["model.embed_tokens.weight"])
     arrays["lm_head.weight"][17, 3] += 1
     with pytest.raises(WeightsMismatch, match=r"lm_head.weight: expected the values of model.embed_tokens.weight"):
         unpack(arrays, config, format="hf")
@@ -152,7 +152,7 @@ def test_a_fused_array_has_one_dtype():
     config = FAMILIES["gemma"]
     values = values_of(config)
     values["layers.0.attn.v"] = values["layers.0.attn.v"].astype(np.float16)
-    with pytest.raises(ShapeError, match="qkv_proj.weight: its parts are float32 and float16"):
+    with pytest.raises(ShapeError, match=r"qkv_proj.weight: its parts are float32 and float16"):
         pack(values, config, format="ckpt")
 
 

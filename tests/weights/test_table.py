@@ -191,7 +191,9 @@ def test_canonical_names():
     per_layer |= {f"norm.{place}" for place in ("pre_attn", "post_attn", "pre_mlp", "post_mlp")}
     names = {t.name for t in tensors(FAMILIES["gemma3"])}
     assert names == {"embed", "final_norm"} | {f"layers.{i}.{tail}" for i in range(3) for tail in per_layer}
-    assert {t.name for t in tensors(FAMILIES["gemma2-untied"])} - {t.name for t in tensors(FAMILIES["gemma2"])} == {"head"}
+    assert {t.name for t in tensors(FAMILIES["gemma2-untied"])} - {t.name for t in tensors(FAMILIES["gemma2"])} == {
+        "head"
+    }
     extra = {t.name for t in tensors(FAMILIES["gemma3-vision"])} - names
     assert all(name.startswith("vision.") or name in ("mm.norm", "mm.proj") for name in extra)
     t5 = {re.sub(r"\d+", "i", t.name) for t in tensors(FAMILIES["t5gemma"])}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gemma.config import GemmaConfig
-from gemma.errors import PromptError, ShapeError
+from gemma.errors import ConfigError, PromptError, ShapeError
 from gemma.gm.math import _pos_utils
 from gemma.gm.nn import _cache, _layers, _modules, _plan
 from gemma.gm.nn._config import ModelInfo, TransformerConfig
@@ -71,6 +71,8 @@ class Transformer(nn.Module, kw_only=True):
 
     def setup(self):
         config = self.config
+        if not config.source.tie_word_embeddings:
+            raise ConfigError("tie_word_embeddings is False: the JAX networks use the embedding table as output head")
         self.embedder = _modules.Embedder(config.num_embed, config.embed_dim, dtype=self.dtype)
         self.blocks = [
             _modules.Block.of(spec, config, dtype=self.dtype, name=f"layer_{spec.index}") for spec in config.layers
@@ -117,6 +119,7 @@ class Transformer(nn.Module, kw_only=True):
         Raises:
           ShapeError: (a ValueError) the shapes or dtypes of the arguments do not fit.
           PromptError: (a ValueError) images came and the model has no vision encoder.
+          ConfigError: (a ValueError) float16 parameters in Gemma 3, or a configuration with an untied head.
         """
         if self.return_last_only is not None or return_last_only is not None:
             return_last_only = nn.merge_param("return_last_only", self.return_last_only, return_last_only)
@@ -162,6 +165,11 @@ class Transformer(nn.Module, kw_only=True):
         specs = self.config.layers
         plans = _plan.plan_layers(specs, positions=positions, valid=valid, cache=cache, mask=mask)
         x = self.embedder.encode(tokens)
+        if x.dtype == jnp.float16 and self.config.use_qk_norm:
+            raise ConfigError(
+                "float16 cannot hold the activations of Gemma 3 and later (they exceed 65504 and turn into NaN): use "
+                "bfloat16 or float32 parameters"
+            )
         new = {}
         for block, plan in zip(self.blocks, plans):
             layer = None if cache is None else cache[block.name]

@@ -162,7 +162,9 @@ class Sampler:
         if sharding is not None:
             raise UnsupportedError("sharding: arrays follow the sharding of `params`; shard those and leave this out")
         texts, single = _texts(prompt)
-        if not texts and not return_state:
+        if not texts:
+            if return_state:
+                raise PromptError("prompt is an empty list: there is no state to return")
             return iter(()) if stream else []
         call = self._call(texts, single, max_new_tokens, sampling or self.sampling, rng, last_state)
         pieces = call.stream(return_state)
@@ -181,12 +183,12 @@ class Sampler:
         new = [self.tokenizer.encode(text, add_bos=last_state is None) for text in texts]
         if last_state is None:
             engine = Engine(
-                self.model, self.params, max(len(texts), 1), cache_length=self.cache_length, buckets=self.pad_length
+                self.model, self.params, len(texts), cache_length=self.cache_length, buckets=self.pad_length
             )
         else:
             engine = last_state._engine.fork()
         if not max_new_tokens:
-            longest = max((len(held) + len(row) for held, row in zip(engine.ids, new)), default=0)
+            longest = max(len(held) + len(row) for held, row in zip(engine.ids, new))
             if longest >= engine.limit:
                 raise ContextFull(longest + 1, engine.limit)
             count = min(count, engine.limit - longest)

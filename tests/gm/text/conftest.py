@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models with a tokenizer of bytes."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from gemma import testing
+from gemma.gm import ckpts, nn
+from gemma.gm.text import LoadedModel
+
+@functools.cache
+def tiny(family: str, folder: Path, **changes) -> LoadedModel:
+    config = testing.tiny_config(family, **changes)
+    testing.write_tiny_safetensors(folder, config)
+    model = nn.Transformer.from_config(config, dtype=jnp.float32)
+    return LoadedModel(model, ckpts.load_params(folder), testing.ByteTokenizer(), config, folder)
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory):
+    """`make(family)`: a loaded tiny model, made once per session."""
+    return functools.cache(lambda family="gemma3", **changes: tiny(family, tmp_path_factory.mktemp(family), **changes))
+
+
+@pytest.fixture(scope="session")
+def loaded(make) -> LoadedModel:
+    return make()

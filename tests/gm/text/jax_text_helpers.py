@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several tests of this folder import: a prompt, and generation without any cache to compare with."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from gemma.gm.text import LoadedModel
+
+PROMPT = [2, *range(40, 53)]  # longer than the window of 5
+
+
+def naive(loaded: LoadedModel, ids: list[int], count: int, ends=()) -> list[int]:
+    """Greedy continuation by whole forward passes: no cache, no padding that matters, no batch."""
+    width = len(ids) + count  # one shape: causality keeps the padding on the right out of sight
+    forward = jax.jit(lambda tokens: loaded.model.apply({"params": loaded.params}, tokens))
+    ids, made = list(ids), []
+    while len(made) < count and not (made and made[-1] in ends):
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, : len(ids)] = ids
+        logits = np.array(forward(tokens).logits[0, len(ids) - 1], np.float32)
+        logits[0] = -np.inf  # the padding is never picked
+        logits[loaded.tokenizer.vocab_size :] = -np.inf
+        made.append(int(logits.argmax()))
+        ids.append(made[-1])
+    return made
