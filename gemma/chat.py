@@ -142,7 +142,7 @@ def _spoken(turns: Sequence[Turn], format: ChatFormat) -> list[tuple[str, str, s
         if turn.role != wanted:
             raise PromptError(
                 f"turn {n + (system is not None)}: expected role {wanted!r}, got {turn.role!r}; turns alternate "
-                f"between user and model and begin with the user, a system text stands first: join neighbours of one role"
+                f"between user and model, the user first, after any system text: join neighbours of one role"
             )
     out = [(turn.role, "", turn.content.strip()) for turn in turns]
     if system is not None and format.system == "turn":

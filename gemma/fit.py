@@ -3,8 +3,8 @@
 
 Weights and cache are exact (sliding windows included: a local layer never holds more than its window). Activations are
 an upper estimate of the prefill's working memory, by the formula in `_activations`. Python and a framework come on top:
-about 0.3 GB with JAX on a CPU. `gemma fit` and `gemma inspect`
-print these numbers; reading a checkpoint's own sizes is `checkpoint.py`'s.
+about 0.3 GB with JAX on a CPU. `gemma fit` and `gemma inspect` print these numbers; reading a checkpoint's own sizes is
+`checkpoint.py`'s.
 """
 
 from __future__ import annotations

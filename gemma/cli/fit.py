@@ -41,8 +41,8 @@ def command(
 
     Exit code 1 if it does not. Weights and cache are exact: layers with a sliding window hold no more than their
     window. Activations are an upper estimate for a prompt that fills the context. Python and JAX themselves, about
-    0.3 GB, are not counted. The line marked with > is the one
-    asked for, and decides; generate and chat compute in float32 unless told otherwise.
+    0.3 GB, are not counted. The line marked with > is the one asked for, and decides; generate and chat compute in
+    float32 unless told otherwise.
 
     \b
     Examples:

@@ -9,6 +9,7 @@ they must not be, because a person's text is only text.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import random
 import re
@@ -46,14 +47,18 @@ class Refused(Exception):
     pass
 
 
+@functools.cache
+def _compiled(template: str):
+    return ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(template)
+
+
 def official(template: str, turns: list[Turn], add_generation_prompt: bool = True) -> str:
     def refuse(why):
         raise Refused(why)
 
-    env = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
-    env.globals["refuse"] = refuse
     messages = [dict(role={"model": "assistant"}.get(t.role, t.role), content=t.content) for t in turns]
-    return env.from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt)
+    compiled = _compiled(template)
+    return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, refuse=refuse)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,8 @@ def _pick_one(cuts: _sampling.Cuts, knobs: _sampling.Knobs, logits: Array, seen:
 
 
 def _step(model: Any, how: How, params: Params, choice: Choice, state: State, u: Float[Array, "B"]) -> State:
-    logits, cache = _forward(model, params, state.pending[:, None] * ~state.done[:, None], state.cache)
+    tokens = jnp.where(state.done, 0, state.pending)
+    logits, cache = _forward(model, params, tokens[:, None], state.cache)
     return _pick(how, choice, logits, state._replace(cache=cache), u)
 
 

@@ -9,10 +9,10 @@ from gemma.gm.typing import Array, Bool
 def make_causal_mask(valid: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
     """Each query (rows) sees the real tokens (columns) up to itself.
 
-        valid  1 1 1 0        1 . . .
-                              1 1 . .
-                              1 1 1 .
-                              1 1 1 .     a padding query sees what precedes it, so that no row is empty
+    valid  1 1 1 0        1 . . .
+                          1 1 . .
+                          1 1 1 .
+                          1 1 1 .     a padding query sees what precedes it, so that no row is empty
     """
     index = jnp.arange(valid.shape[-1])
     return (index[None, :] <= index[:, None])[None] & valid[:, None, :]

@@ -29,4 +29,5 @@ def make(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded(make) -> LoadedModel:
-    return make()
+    """Three layers of a Gemma 3: every trait, quickly compiled."""
+    return make("gemma3", num_hidden_layers=3, layer_pattern="LLG")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 
@@ -11,15 +13,20 @@ from gemma.gm.text import LoadedModel
 PROMPT = [2, *range(40, 53)]  # longer than the window of 5
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model, params, tokens):
+    return model.apply({"params": params}, tokens).logits
+
+
 def naive(loaded: LoadedModel, ids: list[int], count: int, ends=()) -> list[int]:
     """Greedy continuation by whole forward passes: no cache, no padding that matters, no batch."""
-    width = len(ids) + count  # one shape: causality keeps the padding on the right out of sight
-    forward = jax.jit(lambda tokens: loaded.model.apply({"params": loaded.params}, tokens))
+    # Few shapes, so that little is compiled: causality keeps the padding on the right out of sight.
+    width = max(128, 1 << (len(ids) + count - 1).bit_length())
     ids, made = list(ids), []
     while len(made) < count and not (made and made[-1] in ends):
         tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(ids)] = ids
-        logits = np.array(forward(tokens).logits[0, len(ids) - 1], np.float32)
+        logits = np.array(_forward(loaded.model, loaded.params, tokens)[0, len(ids) - 1], np.float32)
         logits[0] = -np.inf  # the padding is never picked
         logits[loaded.tokenizer.vocab_size :] = -np.inf
         made.append(int(logits.argmax()))

@@ -67,8 +67,7 @@ def test_rows_do_not_see_each_other(loaded):
     assert stored == engine.stored == [len(row) - 1 for row in engine.ids]
 
 
-def test_turns_equal_one_pass(make):
-    loaded = make("gemma3")
+def test_turns_equal_one_pass(loaded):
     session = text.Session(loaded)
     transcript: list[int] = []
     for turn, count in ((PROMPT, 7), ([77], 3), ([90, 91, 92], 1), ([50] * 20, 9)):
@@ -104,7 +103,7 @@ def test_leaving_early_and_going_on(loaded):
 
 
 def test_the_cache_grows(make):
-    loaded = make("gemma2", max_position_embeddings=2048)
+    loaded = make("gemma2", num_hidden_layers=2, max_position_embeddings=2048)
     ids = [2, *(40 + i % 50 for i in range(500))]
     session = text.Session(loaded, context=10)
     first = list(session.append(ids, greedy(3)))
@@ -116,7 +115,7 @@ def test_the_cache_grows(make):
 
 
 def test_a_growing_ring(make):
-    loaded = make("gemma2", sliding_window=40, max_position_embeddings=2048)
+    loaded = make("gemma2", num_hidden_layers=2, sliding_window=40, max_position_embeddings=2048)
     cuts, choice = _generate.picking(greedy(1), loaded, ())
     engine = _engine.Engine(loaded.model, loaded.params, 1, cache_length=16)  # shorter than the window
     for turn in (PROMPT, [2, *range(60, 100)]):
@@ -223,8 +222,7 @@ def test_a_failed_step_reads_everything_again(loaded, monkeypatch):
     assert list(session.append([71], greedy(3))) == naive(loaded, [*transcript, *first, 71], 3)
 
 
-def test_bfloat16_runs(make):
-    loaded = make("gemma3")
+def test_bfloat16_runs(loaded):
     model = type(loaded.model).from_config(loaded.config, dtype=jnp.bfloat16)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params)
     half = dataclasses.replace(loaded, model=model, params=params)
