@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,24 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        with open(path, "rb", opener=_without_waiting) as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            raw = file.read(MAX_BYTES + 1) if regular else b""
     except FileNotFoundError:
         raise CheckpointNotFound(f"{path}: no such file; expected a config.json or the folder that holds one") from None
+    except ValueError:
+        raise CheckpointNotFound(f"{str(path)!r:.200}: no file can have this name") from None
     except OSError as error:
         raise CheckpointNotFound(f"{path}: cannot be read ({error.strerror}); expected a config.json") from None
+    if not regular:
+        raise FormatError(path, None, "expected a config.json, got a pipe or a device")
     if len(raw) > MAX_BYTES:
         raise FormatError(path, MAX_BYTES, f"expected a config.json of at most {MAX_BYTES} bytes, this one is longer")
     return parse_object(raw, path)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody writes to must not block us
 
 
 def parse_object(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:

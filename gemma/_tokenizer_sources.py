@@ -97,7 +97,7 @@ def _in_folder(path: Path) -> Path:
     """The tokenizer file in a folder, or beside a safetensors file; a path to any other file as it is."""
     if path.suffix == ".safetensors":
         path = path.parent
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         return path
     for name in ("tokenizer.model", "tokenizer.json"):
         if (path / name).exists():

@@ -293,7 +293,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> Check
       UnsupportedError: a valid file of a kind, version or type that is not read.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         inner = _file_of_folder(path)
         if inner.suffix == ".json":
             return _opened(path, st.open_shards(inner, mmap=mmap))

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Renders docs/support.md from test results: a cell says yes only if every test that it rests on has passed.
 
-    python -m pytest tests --support-json build/support.json
-    python scripts/support_table.py build/support.json            writes docs/support.md
-    python scripts/support_table.py --check build/support.json    exits with 1 if docs/support.md says anything else
+    python scripts/support_table.py                   runs the tests that claim a cell, writes docs/support.md
+    python -m pytest --support-json RESULTS.json      leaves the results of any other run behind, for
+    python scripts/support_table.py RESULTS.json      writing docs/support.md from them, or
+    python scripts/support_table.py --check RESULTS.json    exiting with 1 if docs/support.md says anything else
 
 A test claims a cell with `@pytest.mark.supports(family, framework, verb)`; tests/conftest.py collects the outcomes.
 Families, frameworks and verbs are listed here, so that a misspelt mark is an error and a row without tests shows.
@@ -16,7 +17,9 @@ import argparse
 import difflib
 import json
 import pathlib
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "support.md"
@@ -89,12 +92,26 @@ def render(cells: dict[tuple[str, str, str], dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def run_tests(target: pathlib.Path) -> None:
+    """Runs the tests marked `supports` and has their results written to `target`. A failed test is a result, too."""
+    chosen = "supports and not slow and not nightly and not gpu and not kauldron"
+    command = [sys.executable, "-m", "pytest", str(PAGE.parent.parent / "tests"), "-m", chosen, "-n", "2"]
+    code = subprocess.run([*command, "--support-json", str(target)]).returncode
+    if code not in (0, 1):  # 1: some test failed
+        raise SystemExit(code)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=pathlib.Path, help="the file that pytest --support-json wrote")
+    results = "the file that pytest --support-json wrote; without it the tests are run"
+    parser.add_argument("results", type=pathlib.Path, nargs="?", help=results)
     parser.add_argument("--check", action="store_true", help="compare with docs/support.md instead of writing it")
     arguments = parser.parse_args()
-    page = render(read(arguments.results))
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.results is None:
+            arguments.results = pathlib.Path(folder) / "support.json"
+            run_tests(arguments.results)
+        page = render(read(arguments.results))
     if not arguments.check:
         PAGE.write_text(page)
         return 0

@@ -123,6 +123,34 @@ def _strict_by_folder(request):
         request.getfixturevalue("strict_jax")
 
 
+# ---- workers --------------------------------------------------------------------------------------------------------
+
+# Folders whose tests share something slow to make (the real model; oracles and compiled models), the longest first.
+TOGETHER = {"tests/real/": "real", "tests/parity/test_hf.py": "oracles", "tests/mutations/": "oracles"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One unit of work is a file, or the files of one value of TOGETHER; those start first, the rest by size.
+
+    (`--dist loadgroup` groups nothing with pytest 9.2 and xdist 3.8, and would start the longest tests last.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = nodeid.split("::")[0]
+            return next((group for prefix, group in TOGETHER.items() if name.startswith(prefix)), name)
+
+        def _assign_work_unit(self, node):
+            for group in reversed(TOGETHER.values()):
+                if group in self.workqueue:
+                    self.workqueue.move_to_end(group, last=False)
+            super()._assign_work_unit(node)
+
+    return ByFile(config, log)
+
+
 # ---- the support table's results ------------------------------------------------------------------------------------
 
 
@@ -134,7 +162,6 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "supports(family, framework, verb): a cell of docs/support.md rests on this test"
     )
-    config.addinivalue_line("markers", "xdist_group(name): tests of one name run in one worker, sharing its fixtures")
     if config.getoption("--support-json") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SupportRecorder(pathlib.Path(config.getoption("--support-json"))))
 

@@ -6,6 +6,7 @@ A verb is one module beside this one; to add one, write it and add it to `app` b
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
 for _verb in (generate, chat, inspect, tokenize, fit, doctor):
-    app.command(_verb.__name__.rpartition(".")[2], epilog=_verb.EPILOG)(_verb.command)
+    app.command(_verb.__name__.rpartition(".")[2], help=_verb.HELP)(_verb.command)
 
 
 def _version(asked: bool) -> None:
@@ -106,6 +107,8 @@ def _failed(error: BaseException, code: int, text: str | None = None) -> int:
 
 def main() -> None:
     """Entry point of the installed program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     sys.exit(run())
 
 

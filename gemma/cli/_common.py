@@ -6,6 +6,7 @@ Running a model is `_backend.py`, waiting for it is `_progress.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -36,6 +37,12 @@ Model = Annotated[
         help="A .gguf or .safetensors file, a Hugging Face folder, the name of a size in the cache folder, "
         "or demo: the real Gemma 3 270M.",
     ),
+]
+PromptFile = Annotated[
+    str | None, typer.Option("--prompt-file", "-f", metavar="FILE", help="Read the text from a UTF-8 file.")
+]
+Context = Annotated[
+    str | None, typer.Option("--context", "-c", metavar="N", help="Most tokens held, new ones included: 4096, 32k.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, bfloat16 or float16.")]
@@ -71,6 +78,13 @@ def sampling(stop: Sequence[str] = (), **flags) -> SamplingParams:
         field, colon, rest = str(error).partition(":")
         flag = "--" + field.replace("_", "-")
         raise SamplingError(flag + colon + rest.replace(", or None", "").replace(" or None", "")) from error
+
+
+def seeded(params: SamplingParams) -> SamplingParams:
+    """The same with a seed: an unpredictable one where none was given, so that it can be reported."""
+    from gemma.sampling import fresh_seed
+
+    return params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())
 
 
 def unescape(text: str) -> str:

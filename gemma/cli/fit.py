@@ -13,7 +13,20 @@ import typer
 
 from gemma.cli import _common
 
-EPILOG = ""
+HELP = """\
+Say whether a model fits into memory at a context length.
+
+Exit code 1 if it does not. Weights and cache are exact: layers with a sliding window hold no more than their
+window. Activations are an upper estimate for a prompt that fills the context. Python and JAX themselves, about
+0.3 GB, are not counted. The line marked with > is the one asked for, and decides; generate and chat compute in
+float32 unless told otherwise.
+
+\b
+Examples:
+  gemma fit gemma3_12b --context 32k --dtype bfloat16
+  gemma fit gemma3_27b --quant Q4_K --memory 24GB
+  gemma fit demo
+"""
 _KINDS = ("float32", "bfloat16", "Q8_0", "Q5_0", "Q4_K")  # the rows of the table, beside the one asked for
 
 
@@ -37,19 +50,7 @@ def command(
     ] = None,
     as_json: _common.Json = False,
 ) -> None:
-    """Say whether a model fits into memory at a context length.
-
-    Exit code 1 if it does not. Weights and cache are exact: layers with a sliding window hold no more than their
-    window. Activations are an upper estimate for a prompt that fills the context. Python and JAX themselves, about
-    0.3 GB, are not counted. The line marked with > is the one asked for, and decides; generate and chat compute in
-    float32 unless told otherwise.
-
-    \b
-    Examples:
-      gemma fit gemma3_12b --context 32k --dtype bfloat16
-      gemma fit gemma3_27b --quant Q4_K --memory 24GB
-      gemma fit demo
-    """
+    """Runs the verb; `HELP` is what --help says."""
     from gemma import fit as arithmetic
 
     if quant is None and dtype not in arithmetic.DTYPES:

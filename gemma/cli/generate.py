@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,72 +22,71 @@ from gemma.errors import ContextFull, PromptError
 if TYPE_CHECKING:
     from gemma.sampling import SamplingParams
 
-EPILOG = ""
+HELP = """\
+Continue a text and print it: the prompt, then the continuation.
+
+Decoding is greedy unless --temperature is given, so the same command prints the same text. It ends at the model's
+end token, at a --stop text or after --max-new-tokens. Special tokens spelled out in the prompt, such as
+<start_of_turn>, are read as those tokens; one <bos> is put in front. One line break at the end of a file or pipe is
+dropped. In a pipe nothing but the text and one line break is written.
+
+\b
+Examples:
+  gemma generate "The history of computing began" --max-new-tokens 14
+  gemma generate "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
+  gemma generate --prompt-file story.txt --no-echo > continuation.txt
+  echo "2 + 2 =" | gemma generate --max-new-tokens 4
+  gemma generate "Roses are red" --json --model path/to/gemma-3-1b-pt
+"""
+
+
+Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="PROMPT", help="The text to continue. - or a pipe: standard input.", show_default=False),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "-n",
+        metavar="N",
+        help="Most tokens to generate; too many for the context is an error.  [default: 128, or fewer if full]",
+        show_default=False,
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help=r"End before this text; may be repeated. \n is a line break."),
+]
+Echo = Annotated[bool, typer.Option("--echo/--no-echo", help="Whether to print the prompt before it.")]
+Stream = Annotated[bool, typer.Option("--stream/--no-stream", help="Print words as they come, or at the end.")]
 
 
 def command(
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="PROMPT", help="The text to continue. - or a pipe: standard input.", show_default=False),
-    ] = None,
+    prompt: Prompt = None,
     model: _common.Model = "demo",
-    prompt_file: Annotated[
-        str | None, typer.Option("--prompt-file", "-f", metavar="FILE", help="Read the prompt from a UTF-8 file.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens",
-            "-n",
-            metavar="N",
-            help="Most tokens to generate; too many for the context is an error.  [default: 128, or fewer if full]",
-            show_default=False,
-        ),
-    ] = None,
+    prompt_file: _common.PromptFile = None,
+    max_new_tokens: MaxNewTokens = None,
     temperature: _common.Temperature = 0.0,
     top_k: _common.TopK = None,
     top_p: _common.TopP = None,
     min_p: _common.MinP = None,
     repetition_penalty: _common.Penalty = 1.0,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help=r"End before this text; may be repeated. \n is a line break."),
-    ] = None,
+    stop: Stop = None,
     seed: _common.Seed = None,
-    echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Whether to print the prompt before it.")] = True,
-    stream: Annotated[
-        bool, typer.Option("--stream/--no-stream", help="Print words as they come, or at the end.")
-    ] = True,
+    echo: Echo = True,
+    stream: Stream = True,
     as_json: _common.Json = False,
     dtype: _common.Dtype = "float32",
-    context: Annotated[
-        str | None,
-        typer.Option("--context", "-c", metavar="N", help="Most tokens of prompt and continuation: 4096, 32k."),
-    ] = None,
+    context: _common.Context = None,
     backend: _common.BackendName = "jax",
 ) -> None:
-    """Continue a text and print it: the prompt, then the continuation.
-
-    Decoding is greedy unless --temperature is given, so the same command prints the same text. It ends at the model's
-    end token, at a --stop text or after --max-new-tokens. Special tokens spelled out in the prompt, such as
-    <start_of_turn>, are read as those tokens; one <bos> is put in front. One line break at the end of a file or pipe is
-    dropped. In a pipe nothing but the text and one line break is written.
-
-    \b
-    Examples:
-      gemma generate "The history of computing began" --max-new-tokens 14
-      gemma generate "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
-      gemma generate --prompt-file story.txt --no-echo > continuation.txt
-      echo "2 + 2 =" | gemma generate --max-new-tokens 4
-      gemma generate "Roses are red" --json --model path/to/gemma-3-1b-pt
-    """
+    """Runs the verb; `HELP` is what --help says."""
     from gemma import chat, fit
-    from gemma.sampling import fresh_seed
 
     flags = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     count = {} if max_new_tokens is None else dict(max_new_tokens=max_new_tokens)
-    params = _common.sampling(stop or (), repetition_penalty=repetition_penalty, **flags, **count)
-    params = params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())
+    params = _common.seeded(_common.sampling(stop or (), repetition_penalty=repetition_penalty, **flags, **count))
     text = _common.read_text(prompt, prompt_file, "prompt")
     if not text:
         raise PromptError(
@@ -106,9 +106,13 @@ def command(
     if as_json:
         result = _result(opened, text, ids, first + "".join(pieces), generation, params, load_seconds)
         _common.write(json.dumps(result, ensure_ascii=False) + "\n")
-        return
-    # The prompt is printed only now: nothing that waits may write into its line.
-    _common.write((text if echo else "") + (first if stream else first + "".join(pieces)))
+    else:
+        # The prompt is printed only now: nothing that waits may write into its line.
+        _print(text if echo else "", first if stream else first + "".join(pieces), pieces)
+
+
+def _print(prompt: str, first: str, pieces: Iterator[str]) -> None:
+    _common.write(prompt + first)
     try:
         for piece in pieces:
             _common.write(piece)

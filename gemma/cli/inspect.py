@@ -16,7 +16,18 @@ import typer
 
 from gemma.cli import _common
 
-EPILOG = ""
+HELP = """\
+Show what a checkpoint is and holds.
+
+That is its format, configuration, types and sizes of tensors, tokenizer, and the memory it needs at a context
+length.
+
+\b
+Examples:
+  gemma inspect demo
+  gemma inspect model.gguf --tensors
+  gemma inspect path/to/gemma-3-4b-it --context 32k --json
+"""
 _FORMATS = {"gguf": "GGUF", "hf": "safetensors, Hugging Face names"}
 
 
@@ -30,17 +41,7 @@ def command(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: _common.Json = False,
 ) -> None:
-    """Show what a checkpoint is and holds.
-
-    That is its format, configuration, types and sizes of tensors, tokenizer, and the memory it needs at a context
-    length.
-
-    \b
-    Examples:
-      gemma inspect demo
-      gemma inspect model.gguf --tensors
-      gemma inspect path/to/gemma-3-4b-it --context 32k --json
-    """
+    """Runs the verb; `HELP` is what --help says."""
     from gemma import checkpoint, fit, hub
 
     tokens = fit.parse_context(context)

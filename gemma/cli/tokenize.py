@@ -13,7 +13,18 @@ import typer
 
 from gemma.cli import _common
 
-EPILOG = ""
+HELP = """\
+Show the tokens of a text, one per line: id and name.
+
+Special tokens that are spelled out in the text, such as <start_of_turn>, are read as those tokens, as generate
+does; --no-special reads them as plain text, as chat does. An empty text is allowed.
+
+\b
+Examples:
+  gemma tokenize "The history of computing began"
+  gemma tokenize --no-special "a literal <start_of_turn>"
+  gemma tokenize --json - < prompt.txt
+"""
 
 
 def command(
@@ -21,26 +32,14 @@ def command(
         str | None, typer.Argument(metavar="TEXT", help="The text. - or a pipe: standard input.", show_default=False)
     ] = None,
     model: _common.Model = "demo",
-    prompt_file: Annotated[
-        str | None, typer.Option("--prompt-file", "-f", metavar="FILE", help="Read it here.")
-    ] = None,
+    prompt_file: _common.PromptFile = None,
     special: Annotated[
         bool, typer.Option("--special/--no-special", help="Whether <bos> and the like are tokens, or plain text.")
     ] = True,
     bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Whether to begin with <bos>, as generate does.")] = True,
     as_json: _common.Json = False,
 ) -> None:
-    """Show the tokens of a text, one per line: id and name.
-
-    Special tokens that are spelled out in the text, such as <start_of_turn>, are read as those tokens, as generate
-    does; --no-special reads them as plain text, as chat does. An empty text is allowed.
-
-    \b
-    Examples:
-      gemma tokenize "The history of computing began"
-      gemma tokenize --no-special "a literal <start_of_turn>"
-      gemma tokenize --json - < prompt.txt
-    """
+    """Runs the verb; `HELP` is what --help says."""
     from gemma import hub
     from gemma.tokenizer import Tokenizer
 

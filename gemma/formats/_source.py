@@ -32,6 +32,8 @@ class Source:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block us
         except FileNotFoundError:
             raise CheckpointNotFound(f"{self.path}: no such file; check the path") from None
+        except ValueError:
+            raise CheckpointNotFound(f"{str(self.path)!r:.200}: no file can have this name") from None
         except OSError as error:
             raise CheckpointNotFound(f"{self.path}: cannot be opened ({error.strerror})") from None
         self._map: _mmap.mmap | None = None

@@ -63,7 +63,7 @@ def bind(
         found[tensor.name] = (dataclasses.replace(slot, shape=got),)
     tied = _tied(config)
     for name in rows.TIED_COPIES.get(format, ()):
-        if tied in found and name in names_to_shapes and name not in used:
+        if tied in found and name in names_to_shapes:
             first, used = found[tied][0], used | {name}
             if tuple(names_to_shapes[name]) != first.shape:
                 misshaped.append(

@@ -2,6 +2,7 @@
 """The program around the verbs: help and its page, imports at start, Ctrl-C, broken pipes, version."""
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -110,6 +111,15 @@ program.main()
     assert process.wait(30) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_a_terminal_without_unicode(tmp_path):
+    from gemma.testing import tiny_config, write_tiny_gguf
+
+    model = write_tiny_gguf(tmp_path / "m.gguf", tiny_config("gemma3", query_pre_attn_scalar=None))
+    line = [sys.executable, "-m", "gemma.cli", "tokenize", " ", "--no-bos", "--model", str(model)]
+    done = subprocess.run(line, capture_output=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"266  ?\n", b"")
 
 
 def test_module_and_console_script_are_one():

@@ -122,7 +122,7 @@ def refused(
     assert caught is not None, "the file was accepted"
     message = str(caught)
     assert isinstance(caught, error), f"{type(caught).__name__}: {message}"
-    assert (names or Path(path).name) in message, f"the file is not named: {message}"
+    assert (Path(path).name if names is None else names) in message, f"the file is not named: {message}"
     assert len(message) < longest and message.strip(), message[:200]
     if match is not None:
         assert re.search(match, message, re.I), f"expected {match!r} in: {message}"

@@ -23,8 +23,6 @@ from parity_harness import BASES, TOLERANCE, gap, nest, pair, ragged
 
 from gemma import gm
 
-pytestmark = pytest.mark.xdist_group("parity")
-
 IDS = ragged((19,))[0]  # [1, 19]: almost four windows long
 
 

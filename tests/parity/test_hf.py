@@ -15,8 +15,6 @@ from parity_harness import BASES, LENGTHS, TOLERANCE, VARIANTS, flatten, gap, pa
 from gemma import gm
 from gemma.hf_config import read_config, write_config
 
-pytestmark = pytest.mark.xdist_group("parity")
-
 
 def runs(names=tuple(VARIANTS)):
     """Parameters whose tests stand behind the "run" cells of docs/support.md."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real models, each made once per worker; `xdist_group("real")` keeps their tests in one worker."""
+"""The real models, each made once: tests/conftest.py keeps this folder in one worker."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ from real_harness import (
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.xdist_group("real"),
     pytest.mark.supports("Gemma 3 270M, real weights", "JAX", "run"),
 ]
 
@@ -135,7 +134,7 @@ def test_tokens_equal_llama_cpp(ours, llama):
     chosen = np.concatenate([tokens[len(p) :] for tokens, p in zip(texts, prompts)])
     assert mine.shape == theirs.shape == (STEPS * len(PROMPTS), VOCAB)
 
-    allowed = 2 * float(np.quantile(np.abs(mine - theirs), 0.99))
+    allowed = 2 * float(np.quantile(np.abs(mine[:, ::16] - theirs[:, ::16]), 0.99))  # 4 million of 63 million values
     assert allowed < 3.0  # measured 1.6; logits of unrelated models are 10 apart
     best, second = np.sort(np.partition(mine, -2, axis=-1)[:, -2:], axis=-1).T[::-1]
     equal = mine.argmax(-1) == chosen

@@ -118,8 +118,22 @@ def write_json(path, content: dict) -> None:
 # --- strings
 
 _PARTS = [" ", "  ", "   ", "     ", "\n", "\n\n", "\n\n\n\n\n", "\t\t", "\r\n", *TAGS, "<br/>", "<b", "table>", "</"]
-_PARTS += ["😀", "👩‍👩‍👧", "é", "e\u0301", "שלום", "مرحبا", "漢", "\u200f", "\x00", "\x7f", "\u3000", "<0x41>", "<unused"]
-_PARTS += ["<start_of_turn", "＜bos＞", "< bos>", "<|turn", "[multimodal]", "<unused77>", *_WORDS.split()]
+_PARTS += [
+    "😀",
+    "👩‍👩‍👧",
+    "é",
+    "e\u0301",
+    "שלום",
+    "مرحبا",
+    "漢",
+    "\u200f",
+    "\x00",
+    "\x7f",
+    "\u3000",
+    "<0x41>",
+    "<unused",
+]
+_PARTS += ["<start_of_turn", "＜bos＞", "< bos>", "<|turn", "[multimodal]", "<unusedX>", *_WORDS.split()]
 SPECIAL = ["<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<unused1>"]
 
 

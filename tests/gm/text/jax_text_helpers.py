@@ -18,17 +18,20 @@ def _forward(model, params, tokens):
     return model.apply({"params": params}, tokens).logits
 
 
+def logits_after(loaded: LoadedModel, ids: list[int]) -> np.ndarray:
+    """float32 [V] after `ids`, by one whole forward pass; -inf where the samplers never pick."""
+    # Few shapes, so that little is compiled: causality keeps the padding on the right out of sight.
+    tokens = np.zeros((1, max(128, 1 << (len(ids) - 1).bit_length())), np.int32)
+    tokens[0, : len(ids)] = ids
+    logits = np.array(_forward(loaded.model, loaded.params, tokens)[0, len(ids) - 1], np.float32)
+    logits[0] = -np.inf  # the padding
+    logits[loaded.tokenizer.vocab_size :] = -np.inf  # rows that no token has
+    return logits
+
+
 def naive(loaded: LoadedModel, ids: list[int], count: int, ends=()) -> list[int]:
     """Greedy continuation by whole forward passes: no cache, no padding that matters, no batch."""
-    # Few shapes, so that little is compiled: causality keeps the padding on the right out of sight.
-    width = max(128, 1 << (len(ids) + count - 1).bit_length())
-    ids, made = list(ids), []
+    made: list[int] = []
     while len(made) < count and not (made and made[-1] in ends):
-        tokens = np.zeros((1, width), np.int32)
-        tokens[0, : len(ids)] = ids
-        logits = np.array(_forward(loaded.model, loaded.params, tokens)[0, len(ids) - 1], np.float32)
-        logits[0] = -np.inf  # the padding is never picked
-        logits[loaded.tokenizer.vocab_size :] = -np.inf
-        made.append(int(logits.argmax()))
-        ids.append(made[-1])
+        made.append(int(logits_after(loaded, [*ids, *made]).argmax()))
     return made
