@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.json` files in the spellings of the years, as the publishers wrote them, and the preset that each one is."""
+"""`config.json` contents in the spellings of the years, written from the published facts, and the preset that each is."""
 
 from __future__ import annotations
 

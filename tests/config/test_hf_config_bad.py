@@ -81,6 +81,10 @@ FIELDS = [
     ),
     (dict(rope_parameters=None, rope_scaling=dict(factor=8.0, beta=1)), "unknown key rope_scaling.beta"),
     (dict(rope_parameters=None, rope_scaling="linear"), "rope_scaling: expected a JSON object, got 'linear'"),
+    (
+        dict(rope_parameters=None, rope_scaling=dict(factor=8.0, partial_rotary_factor=0.25)),
+        "partial_rotary_factor: exp",
+    ),
     (dict(rope_theta=5.0), "rope_theta: 5.0 here, but 1000000.0 in rope_parameters"),
     (dict(rope_parameters=dict(rope_theta=1e6)), "unknown key rope_parameters.rope_theta"),
     (dict(gemmakit=dict(surprise=1)), "unknown key gemmakit.surprise"),

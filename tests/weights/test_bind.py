@@ -213,10 +213,21 @@ def test_tables_without_weights_are_passed_over(format, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq2", "xfreqs_cis", "lm_head.bias", "head"]
+    "format, name",
+    [
+        ("hf", "model.layers.0.self_attn.rotary_emb.inv_freq2"),
+        ("hf", "model.layers.0.mlp.inv_freq"),
+        ("hf", "model.position_ids"),
+        ("hf", "lm_head.bias"),
+        ("gguf", "rope_freqs.bias"),
+        ("gguf", "rope_factors_long.weight"),
+        ("ckpt", "xfreqs_cis"),
+        ("ckpt", "model.freqs_cis"),
+        ("flax", "lm_head"),
+    ],
 )
-def test_lookalikes_are_not(name):
-    assert refused(names_of(GEMMA3) | {name: (64,)}, GEMMA3).unexpected == (name,)
+def test_lookalikes_are_not(format, name):
+    assert refused(names_of(GEMMA3, format) | {name: (64,)}, GEMMA3, format).unexpected == (name,)
 
 
 # ---- text only -------------------------------------------------------------------------------------------------------

@@ -65,6 +65,71 @@ def test_flax_by_hand():
     assert table.shape == (384, d) and np.array_equal(table[:320], values["embed"]) and not table[320:].any()
 
 
+def test_flax_tower_by_hand():
+    config = FAMILIES["gemma3-vision"]
+    values = values_of(config)
+    tree = pack(values, config, format="flax")
+    root = "vision_encoder/siglip_encoder/"
+    assert np.array_equal(tree[root + "embedding/kernel"], values["vision.patch.weight"].transpose(2, 3, 1, 0))
+    assert np.array_equal(tree[root + "pos_embedding"], values["vision.pos"][None])
+    block, ours = root + "Transformer/encoderblock_1/", "vision.layers.1."
+    for part, jax in (("q", "query"), ("k", "key"), ("v", "value")):
+        kernel = tree[f"{block}MultiHeadDotProductAttention_0/{jax}/kernel"]
+        assert np.array_equal(kernel, values[f"{ours}attn.{part}.weight"].T.reshape(48, 4, 12))
+        bias = tree[f"{block}MultiHeadDotProductAttention_0/{jax}/bias"]
+        assert np.array_equal(bias, values[f"{ours}attn.{part}.bias"].reshape(4, 12))
+    out = tree[f"{block}MultiHeadDotProductAttention_0/out/kernel"]
+    assert np.array_equal(out, values[f"{ours}attn.o.weight"].T.reshape(4, 12, 48))
+    for jax, part in (("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2")):
+        assert np.array_equal(tree[f"{block}{jax}/scale"], values[f"{ours}{part}.weight"])
+    for jax, part in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
+        assert np.array_equal(tree[f"{block}MlpBlock_0/{jax}/kernel"], values[f"{ours}mlp.{part}.weight"].T)
+    assert np.array_equal(tree["embedder/mm_input_projection/w"], values["mm.proj"])
+
+
+def test_fused_pooling_head_by_hand():
+    config = FAMILIES["siglip-head"]
+    values = values_of(config)
+    fused = pack(values, config, format="hf")
+    q, k, v = (values[f"vision.head.attn.{part}.weight"] for part in "qkv")
+    assert np.array_equal(fused["head.attention.in_proj_weight"], np.concatenate([q, k, v]))
+
+
+# ours: (hf and ckpt, flax, gguf, sbs)
+NORMS = {
+    "pre_attn": ("input_layernorm", "pre_attention_norm", "attn_norm", "pre_att_ns"),
+    "post_attn": ("post_attention_layernorm", "post_attention_norm", "post_attention_norm", "post_att_ns"),
+    "pre_mlp": ("pre_feedforward_layernorm", "pre_ffw_norm", "ffn_norm", "pre_ff_ns"),
+    "post_mlp": ("post_feedforward_layernorm", "post_ffw_norm", "post_ffw_norm", "post_ff_ns"),
+}
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_norms_by_hand(family):
+    """Equal shapes hide an exchange, so the name of every norm is spelled here once more."""
+    config = FAMILIES[family]
+    values = values_of(config)
+    packed = {format: pack(values, config, format=format) for format in ("hf", "flax", "gguf", "ckpt", "sbs")}
+    for ours, (hf, flax, gguf, sbs) in NORMS.items():
+        if family == "gemma" and ours.startswith("post"):
+            continue
+        hf = "post_attention_layernorm" if (family, ours) == ("gemma", "pre_mlp") else hf
+        w = values[f"layers.1.norm.{ours}"]
+        assert np.array_equal(packed["hf"][f"model.layers.1.{hf}.weight"], w)
+        assert np.array_equal(packed["ckpt"][f"model.layers.1.{hf}.weight"], w)
+        assert np.array_equal(packed["flax"][f"layer_1/{flax}/scale"], w)
+        assert np.array_equal(packed["gguf"][f"blk.1.{gguf}.weight"], 1 + w)
+        assert np.array_equal(packed["sbs"][f"{sbs}_1"], w)
+    if family == "gemma3":
+        for part, word in (("q", "query"), ("k", "key")):
+            w = values[f"layers.1.attn.{part}_norm"]
+            assert np.array_equal(packed["hf"][f"model.layers.1.self_attn.{part}_norm.weight"], w)
+            assert np.array_equal(packed["ckpt"][f"model.layers.1.self_attn.{word}_norm.weight"], w)
+            assert np.array_equal(packed["flax"][f"layer_1/attn/_{word}_norm/scale"], w)
+            assert np.array_equal(packed["gguf"][f"blk.1.attn_{part}_norm.weight"], 1 + w)
+            assert np.array_equal(packed["sbs"][f"{word}_norm_1"], w)
+
+
 def test_merged_and_transposed_flax_by_hand():
     config = FAMILIES["gemma-as-many-key-heads"]
     values = values_of(config)

@@ -111,7 +111,7 @@ class BlockWrite:
     """Full layout, several tokens: the chunk goes to slots start .. start + T - 1 of every row."""
 
     start: Int[Array, ""]
-    end_index: Int[Array, "B"]  # after the write
+    end_index: Int[Array, " B"]  # after the write
     positions: Int[Array, "B S"]  # after the write
 
     def store(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array, LayerCache]:
@@ -123,8 +123,8 @@ class BlockWrite:
 class TokenWrite:
     """Either layout, one token: each row writes one slot, in place if the cache is donated."""
 
-    slot: Int[Array, "B"]  # S for a row that writes nothing
-    end_index: Int[Array, "B"]
+    slot: Int[Array, " B"]  # S for a row that writes nothing
+    end_index: Int[Array, " B"]
     positions: Int[Array, "B S"]
 
     def store(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array, LayerCache]:
@@ -138,7 +138,7 @@ def _write_block(old: Array, new: Array, start: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (zero, start) + (zero,) * (old.ndim - 2))
 
 
-def _write_token(old: Array, new: Array, slot: Int[Array, "B"]) -> Array:
+def _write_token(old: Array, new: Array, slot: Int[Array, " B"]) -> Array:
     """Writes [B, 1, ...] into [B, S, ...], each row at its own slot; a slot of S is dropped.
 
     One write more than there are rows, and dropped: XLA turns a scatter of a single row into an operation that it then
@@ -160,7 +160,7 @@ class ChunkWrite:
     """
 
     source: Int[Array, "B S"]  # index into the chunk, or -1: the slot keeps what it holds
-    end_index: Int[Array, "B"]
+    end_index: Int[Array, " B"]
     positions: Int[Array, "B S"]
     read_first: bool = flax.struct.field(pytree_node=False)
 
@@ -208,7 +208,7 @@ def plan_ring_write(
     return ChunkWrite(source, after, stored, read_first=window is not None and slots >= window)
 
 
-def newest_number(count: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
+def newest_number(count: Int[Array, " B"], slots: int) -> Int[Array, "B S"]:
     """The number, among a row's `count` stored tokens, of the one that each slot holds; negative: none."""
     slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
     last = count[:, None] - 1

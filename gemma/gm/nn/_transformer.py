@@ -11,7 +11,6 @@ import functools
 from typing import Any, ClassVar
 
 import flax
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 

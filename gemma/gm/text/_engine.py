@@ -37,9 +37,7 @@ class Engine:
       limit: tokens a row may hold, the model's own.
     """
 
-    def __init__(
-        self, model: Any, params: Params, rows: int, *, cache_length: int, buckets: Sequence[int] = BUCKETS
-    ):
+    def __init__(self, model: Any, params: Params, rows: int, *, cache_length: int, buckets: Sequence[int] = BUCKETS):
         _compile_cache.enable()
         # A module that already says `return_last_only` must not be told so again at the call.
         self.model = model.clone(return_last_only=None) if model.return_last_only is not None else model
@@ -65,9 +63,7 @@ class Engine:
         if self._state is not None:
             return self._state.cache
         dtype = self.params["embedder"]["input_embedding"].dtype
-        return self.model.init_cache(
-            batch_size=len(self.ids), dtype=dtype, cache_length=self.capacity, windowed=True
-        )
+        return self.model.init_cache(batch_size=len(self.ids), dtype=dtype, cache_length=self.capacity, windowed=True)
 
     @property
     def key(self) -> jax.Array:

@@ -98,9 +98,7 @@ class Session:
         ids, held = [int(token) for token in ids], self._engine.ids[0]
         stored = self._engine.stored[0]
         if stored >= len(ids) or ids[: len(held)] != held[: len(ids)]:
-            self._engine = Engine(
-                self._loaded.model, self._loaded.params, 1, cache_length=self._engine.capacity
-            )
+            self._engine = Engine(self._loaded.model, self._loaded.params, 1, cache_length=self._engine.capacity)
             held = []
         return self.append(ids[len(held) :], params, end_ids, chunk=chunk)
 

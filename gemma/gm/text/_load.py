@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 from gemma import config as configs
 from gemma import hub
@@ -58,7 +57,9 @@ def load_model(path: str | os.PathLike[str], *, dtype: DType = "float32", text_o
         config = checkpoint.config()
         if not isinstance(config, configs.GemmaConfig) or config.use_bidirectional_attention:
             kind = type(config).__name__.removesuffix("Config")
-            raise UnsupportedError(f"{path}: holds a {kind} model that does not continue text; expected a Gemma decoder")
+            raise UnsupportedError(
+                f"{path}: holds a {kind} model that does not continue text; expected a Gemma decoder"
+            )
         ckpts_load.check_dtype(dtype, config)
         source = checkpoint.tokenizer_source()
         tokenizer = None if source is None else Tokenizer.from_source(source)

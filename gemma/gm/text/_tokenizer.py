@@ -18,6 +18,7 @@ import flax
 import numpy as np
 
 from gemma import hub, tokenizer
+from gemma.config import GemmaConfig
 from gemma.errors import HubError, TokenizerError
 
 _CUSTOM_TOKENS = 99  # <unused0> .. <unused98>
@@ -51,8 +52,8 @@ class Gemma3SpecialTokens(SpecialTokens):
     CUSTOM = 6  # the first of 99 unused tokens
     START_OF_TURN = 105
     END_OF_TURN = 106
-    START_OF_IMAGE = 255_999
-    END_OF_IMAGE = 256_000
+    START_OF_IMAGE = GemmaConfig.boi_token_index
+    END_OF_IMAGE = GemmaConfig.eoi_token_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,9 @@ class Tokenizer:
         path = _located(self.path, self.VERSION)
         found = tokenizer.Tokenizer.from_file(path)
         if found.version is not None and found.version != self.VERSION:
-            raise TokenizerError(f"{path}: a vocabulary of version {found.version}; {type(self).__name__} expects {self.VERSION}")
+            raise TokenizerError(
+                f"{path}: a vocabulary of version {found.version}; {type(self).__name__} expects {self.VERSION}"
+            )
         return found.with_spellings(self._spellings(found)) if self.custom_tokens else found
 
     def _spellings(self, found: tokenizer.Tokenizer) -> dict[int, str]:
@@ -203,5 +206,7 @@ def _located(path: str | os.PathLike[str], version: int | str) -> Any:
         if version == Gemma3Tokenizer.VERSION:
             return hub.demo_path()
     except HubError as error:
-        raise HubError(f"{name}: put this file into {local.parent}, pass path=, or install the demo model: {error}") from error
+        raise HubError(
+            f"{name}: put this file into {local.parent}, pass path=, or install the demo model: {error}"
+        ) from error
     raise HubError(f"{name}: put this file into {local.parent}, or pass path= (a .model, tokenizer.json or .gguf file)")

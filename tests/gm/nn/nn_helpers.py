@@ -12,60 +12,61 @@ import numpy as np
 from gemma import gm
 from gemma.config import GemmaConfig
 
+QUICK = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)  # halves compilation
 WINDOW = 4
 TINY = dict(
     vocab_size=50,
     hidden_size=24,
     intermediate_size=40,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=8,
     max_position_embeddings=64,
+    layer_pattern="LG",
+    sliding_window=WINDOW,
+    query_pre_attn_scalar=6.0,
+    rope_theta=1e6,
+    rope_local_base_freq=1e4,
+    rope_scaling_factor=8.0,
 )
 CONFIGS = {
-    "gemma1": GemmaConfig(**TINY | dict(num_key_value_heads=1)),
-    "gemma1_mha": GemmaConfig(**TINY | dict(num_key_value_heads=4)),
     "gemma2": GemmaConfig(
         **TINY,
-        layer_pattern="LG",
-        sliding_window=WINDOW,
+        num_key_value_heads=2,
         attn_logit_softcapping=5.0,
         final_logit_softcapping=3.0,
         use_post_norms=True,
-        query_pre_attn_scalar=6.0,
     ),
     "gemma3": GemmaConfig(
-        **TINY | dict(num_key_value_heads=1),
-        layer_pattern="LLG",
-        sliding_window=WINDOW,
+        **TINY,
+        num_key_value_heads=1,
         use_post_norms=True,
         use_qk_norm=True,
-        rope_theta=1e6,
-        rope_local_base_freq=1e4,
-        rope_scaling_factor=8.0,
         transpose_gating_einsum=True,
     ),
 }
+
+
+def random_like(shapes, seed: int = 0):
+    """Random arrays of the given shapes and dtypes, for parameters whose values must not be trivial."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype)), shapes)
 
 
 @functools.cache
 def tiny(name: str, dtype: str = "float32"):
     """(model, variables) of a configuration; every parameter random, norms included."""
     model = gm.nn.Transformer.from_config(CONFIGS[name], dtype=jnp.dtype(dtype))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))
-    rng = np.random.default_rng(0)
-    return model, jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32).astype(leaf.dtype), shapes
-    )
+    return model, random_like(jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32)))
 
 
 @functools.cache
 def compiled(name: str, dtype: str = "float32"):
-    """`f(tokens, **arguments) -> Output` of a tiny model, jitted."""
+    """`f(tokens, **arguments) -> Output` of a tiny model, jitted; its own variables unless others are given."""
     model, variables = tiny(name, dtype)
-    apply = jax.jit(model.apply, static_argnames=("return_last_only", "return_hidden_states"))
-    return lambda tokens, **arguments: apply(variables, jnp.asarray(tokens), **arguments)
+    static = ("return_last_only", "return_hidden_states")
+    apply = jax.jit(model.apply, static_argnames=static, compiler_options=QUICK)
+    return lambda tokens, variables=variables, **arguments: apply(variables, jnp.asarray(tokens), **arguments)
 
 
 def ids(*shape: int, seed: int = 1) -> np.ndarray:

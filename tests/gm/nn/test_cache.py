@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,7 @@ from gemma import gm
 from gemma.config import PRESETS
 from gemma.gm.nn import _cache
 
-# Sums of three layers in other orders: a few units of float32 on logits of size 1.
+# Sums of two layers in other orders: a few units of float32 on logits of size 1.
 SAME = dict(rtol=0, atol=1e-5)
 LAYOUTS = pytest.mark.parametrize("windowed", [False, True], ids=["full", "windowed"])
 
@@ -108,13 +106,12 @@ def test_a_ring_keeps_the_newest_real_tokens(chunk):
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 L = 15
-CHUNKS = {
-    "one shot": [L],
+CHUNKS = {  # of few sizes, because each size is a program of its own
     "token by token": [1] * L,
-    "prefill and decode": [7] + [1] * 8,
     "shorter than the window": [3] * 5,
     "longer than the window": [6, 6, 3],
-    "mixed": [2, 1, 6, 1, 5],
+    "mixed": [3, 1, 6, 1, 3, 1],
+    "one shot": [L],
 }
 
 
@@ -132,13 +129,12 @@ def test_chunks_do_not_change_the_logits(name, chunks, windowed):
     np.testing.assert_array_equal(cache["layer_0"]["end_index"], [L, L])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_rows_at_different_places(name):
+def test_rows_at_different_places():
     """Two turns, padded left, right and inside, then decoding; one row pauses. Each row equals itself alone."""
-    run, tokens = compiled(name), ids(2, L)
+    run, tokens = compiled("gemma3"), ids(2, L)
     alone = run(tokens).logits
-    cache, told = empty(name, 2, 20, True), [0, 0]
-    layout = [("11111", "11..."), ("..111", "11111"), ("1", "1"), ("1", "."), ("1.1.1", ".1..1"), (".", "1")]
+    cache, told = empty("gemma3", 2, 20, True), [0, 0]
+    layout = [("111111", "11...."), ("...111", "111111"), ("1", "1"), ("1", "."), ("1.1.1.", "..1..1"), (".", "1")]
     for turn in layout:
         chunk = np.zeros((2, len(turn[0])), np.int32)
         places = []
@@ -156,70 +152,60 @@ def test_rows_at_different_places(name):
 
 
 def test_last_only_takes_the_last_real_token_of_each_row():
-    run, tokens = compiled("gemma3"), ids(3, 6)
+    run, tokens = compiled("gemma3"), ids(2, L)
     tokens[0, 4:] = 0
     tokens[1, :3] = 0
     full, last = run(tokens), run(tokens, return_last_only=True)
-    for b, t in ((0, 3), (1, 5), (2, 5)):
+    for b, t in ((0, 3), (1, L - 1)):
         np.testing.assert_allclose(last.logits[b], full.logits[b, t], **SAME)
 
 
 @LAYOUTS
 def test_an_explicit_mask_says_the_same_as_the_derived_one(windowed):
     """Columns are slots or token numbers; hiding token 1 from everybody else hides it in both layouts."""
-    run, tokens, S = compiled("gemma2"), ids(1, 9), 12
+    run, tokens, S = compiled("gemma3"), ids(1, 9), 12
     causal = np.tril(np.ones((9, S), bool))[None]
     hidden = causal.copy()
     hidden[:, 2:, 1] = False
-    reference = {"causal": run(tokens).logits, "hidden": run(tokens, attention_mask=hidden[:, :, :9]).logits}
-    assert np.abs(reference["causal"] - reference["hidden"]).max() > 1e-3
-    for kind, mask in (("causal", causal), ("hidden", hidden)):
-        for cuts in ((9,), (5, 9), (6, 7, 8, 9)):
-            cache, start = empty("gemma2", 1, S, windowed), 0
-            for stop in cuts:
-                out = run(tokens[:, start:stop], cache=cache, attention_mask=mask[:, start:stop])
-                np.testing.assert_allclose(out.logits, reference[kind][:, start:stop], **SAME)
-                cache, start = out.cache, stop
+    reference = {kind: run(tokens, attention_mask=m[:, :, :9]).logits for kind, m in dict(c=causal, h=hidden).items()}
+    assert np.abs(reference["c"] - reference["h"]).max() > 1e-3
+    for kind, mask in (("c", causal), ("h", hidden)):
+        cache, start = empty("gemma3", 1, S, windowed), 0
+        for stop in (6, 7, 8, 9):
+            out = run(tokens[:, start:stop], cache=cache, attention_mask=mask[:, start:stop])
+            np.testing.assert_allclose(out.logits, reference[kind][:, start:stop], **SAME)
+            cache, start = out.cache, stop
 
 
 def test_positions_may_start_anywhere():
     """Only distances matter to attention: the same tokens at 1000.. give the same logits up to float32 angles."""
-    run, tokens = compiled("gemma3"), ids(1, 8)
-    positions = np.arange(8, dtype=np.int32)[None] + 1000
-    cache = empty("gemma3", 1, 10, True)
-    first = run(tokens[:, :5], positions=positions[:, :5], cache=cache)
-    second = run(tokens[:, 5:], positions=positions[:, 5:], cache=first.cache)
-    got = np.concatenate([first.logits, second.logits], 1)
-    np.testing.assert_allclose(got, run(tokens, positions=positions).logits, **SAME)
-    # Angles near 1000 carry 2^-15 of rounding each, which three layers turn into some 1e-4 of logit.
-    np.testing.assert_allclose(got, run(tokens).logits, rtol=0, atol=2e-3)
+    run, tokens = compiled("gemma3"), ids(2, L)
+    positions = np.broadcast_to(np.arange(L, dtype=np.int32) + 1000, (2, L))
+    # Angles near 1000 carry 2^-15 of rounding each, which two layers turn into some 1e-4 of logit.
+    np.testing.assert_allclose(run(tokens, positions=positions).logits, run(tokens).logits, rtol=0, atol=2e-3)
+    first = run(tokens[:, :6], positions=positions[:, :6], cache=empty("gemma3", 2, 20, True))
+    np.testing.assert_array_equal(first.cache["layer_0"]["positions"], [[1004, 1005, 1002, 1003]] * 2)
+
+
+def test_a_cache_may_have_another_dtype_than_the_weights():
+    run, tokens = compiled("gemma3"), ids(2, L)
+    out = run(tokens, cache=empty("gemma3", 2, 20, True, jnp.bfloat16))
+    assert {layer["k"].dtype.name for layer in out.cache.values()} == {"bfloat16"}
+    assert out.logits.dtype == jnp.float32
+    # Keys and values rounded to 8 bits.
+    np.testing.assert_allclose(out.logits, run(tokens).logits, rtol=0, atol=0.1)
 
 
 @LAYOUTS
-def test_a_cache_may_have_another_dtype_than_the_weights(windowed):
-    run, tokens = compiled("gemma3"), ids(1, 6)
-    cache = empty("gemma3", 1, 8, windowed, jnp.bfloat16)
-    first = run(tokens[:, :5], cache=cache)
-    second = run(tokens[:, 5:], cache=first.cache)
-    assert {layer["k"].dtype.name for layer in second.cache.values()} == {"bfloat16"}
-    assert second.logits.dtype == jnp.float32
-    # Keys and values rounded to 8 bits.
-    np.testing.assert_allclose(second.logits, run(tokens).logits[:, 5:], rtol=0, atol=0.1)
-
-
-def test_logits_do_not_depend_on_the_length_of_the_cache():
-    run, tokens = compiled("gemma3"), ids(1, 6)
-    results = []
-    for length, windowed in itertools.product((8, 33), (False, True)):
-        cache = run(tokens[:, :5], cache=empty("gemma3", 1, length, windowed)).cache
-        results.append(run(tokens[:, 5:], cache=cache).logits)
-    for other in results[1:]:
-        np.testing.assert_allclose(other, results[0], **SAME)
+def test_logits_do_not_depend_on_the_length_of_the_cache(windowed):
+    run, tokens = compiled("gemma3"), ids(2, L)
+    out = run(tokens, cache=empty("gemma3", 2, 33, windowed))
+    np.testing.assert_allclose(out.logits, run(tokens).logits, **SAME)
 
 
 @LAYOUTS
 def test_a_donated_cache_is_updated_in_place(windowed):
-    """Every array of the cache is aliased to its successor, and a decoding step makes no copy of one."""
+    """Keys and values are aliased to their successors, and a decoding step makes no copy of them."""
     model, variables = tiny("gemma3")
     cache = empty("gemma3", 1, 40, windowed)
 
@@ -228,8 +214,8 @@ def test_a_donated_cache_is_updated_in_place(windowed):
         return out.logits, out.cache
 
     program = jax.jit(step, donate_argnums=2).lower(variables, jnp.ones((1, 1), jnp.int32), cache).compile()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    assert program.memory_analysis().alias_size_in_bytes == size
+    size = sum(layer[part].nbytes for layer in cache.values() for part in ("k", "v"))
+    assert program.memory_analysis().alias_size_in_bytes >= size
     slots = {layer["k"].shape[1] for layer in cache.values()}
     entry = program.as_text()[program.as_text().index("ENTRY") :]
     copies = [line for line in entry.splitlines() if " copy(" in line and any(f"f32[1,{s},1," in line for s in slots)]
@@ -241,7 +227,7 @@ def test_bad_caches_are_named():
     with pytest.raises(ValueError, match=r"cache\['layer_0'\]: made for 2 rows, but tokens hold 1"):
         run(ids(1, 2), cache=empty("gemma3", 2, 8, True))
     cut = gm.nn.WindowedCache({"layer_0": empty("gemma3", 1, 8, True)["layer_0"]}, cache_length=8)
-    with pytest.raises(ValueError, match=r"layer_0 \.\. layer_2; these differ: \['layer_1', 'layer_2'\]"):
+    with pytest.raises(ValueError, match=r"layer_0 \.\. layer_1; these differ: \['layer_1'\]"):
         run(ids(1, 2), cache=cut)
     with pytest.raises(ValueError, match="cache_length must be at least 1, got 0"):
         empty("gemma3", 1, 0, True)

@@ -24,15 +24,17 @@ def test_official_example():
 @PUBLISHED
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "compiled"])
 def test_angles_are_float32_divisions_in_order(base, scale, jit):
-    """Bit-equal to numpy's sine of position / base**(2j/H) / scale, up to the sine's own last place."""
+    """Bit-equal to numpy's position / base**(2j/H) / scale; with reciprocals, angles near 30,000 move by 2e-3."""
     H, positions = 64, np.asarray([[0, 1, 255, 256, 257, 4095, 30_000, 131_071]], np.int32)
-    table = lambda p: _positional_embeddings.rope_table(p, head_dim=H, base_frequency=base, scale_factor=scale)
-    sin, cos = (jax.jit(table) if jit else table)(jnp.asarray(positions))
+    wrap = jax.jit if jit else lambda f: f
+    angles = wrap(lambda p: _positional_embeddings.rope_angles(p, head_dim=H, base=base, scale=scale))
+    table = wrap(lambda p: _positional_embeddings.rope_table(p, head_dim=H, base_frequency=base, scale_factor=scale))
     timescale = (np.float64(base) ** (2 * np.arange(H // 2) / H)).astype(np.float32)
-    angle = positions[..., None].astype(np.float32) / timescale / np.float32(scale)
-    # With reciprocals in place of divisions, angles near 30,000 move by 2e-3.
-    np.testing.assert_allclose(sin, np.sin(angle.astype(np.float64)), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(cos, np.cos(angle.astype(np.float64)), rtol=0, atol=1e-6)
+    expected = positions[..., None].astype(np.float32) / timescale / np.float32(scale)
+    np.testing.assert_array_equal(angles(jnp.asarray(positions)), expected)
+    sin, cos = table(jnp.asarray(positions))
+    np.testing.assert_allclose(sin, np.sin(expected.astype(np.float64)), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(cos, np.cos(expected.astype(np.float64)), rtol=0, atol=1e-7)
 
 
 @PUBLISHED
@@ -56,8 +58,13 @@ def test_neighbouring_positions_differ_in_a_bfloat16_network():
 
 def test_dot_products_depend_on_the_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
-    at = lambda x, p: gm.math.apply_rope(jnp.asarray(x), jnp.asarray([[p]]), base_frequency=1e4)
-    dot = lambda a, b: float(jnp.sum(at(q, a) * at(k, b)))
+
+    def at(x, p):
+        return np.asarray(gm.math.apply_rope(jnp.asarray(x), jnp.asarray([[p]]), base_frequency=1e4))
+
+    def dot(a, b):
+        return float(np.sum(at(q, a) * at(k, b)))
+
     assert dot(7, 3) == pytest.approx(dot(104, 100), abs=1e-4)
     assert abs(dot(7, 3) - dot(7, 2)) > 1e-3
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nn_helpers import CONFIGS, compiled, ids, tiny
+from nn_helpers import CONFIGS, TINY, WINDOW, compiled, ids, tiny
 
 from gemma import gm
 from gemma.gm.nn import _layers
@@ -76,7 +76,9 @@ def test_trees_that_differ():
 
 
 def test_dtype_of_new_parameters():
-    dtypes = lambda model: {leaf.dtype.name for leaf in jax.tree.leaves(shapes(model))}
+    def dtypes(model):
+        return {leaf.dtype.name for leaf in jax.tree.leaves(shapes(model))}
+
     assert dtypes(gm.nn.Gemma3_270M()) == {"bfloat16"}
     assert dtypes(gm.nn.Gemma3_270M(dtype=jnp.float32)) == {"float32"}
 
@@ -111,7 +113,7 @@ def test_a_subclass_states_a_model_of_its_own():
         config: gm.nn.config.TransformerConfig = gm.nn.config.TransformerConfig.of(CONFIGS["gemma2"])
         INFO = gm.nn.config.ModelInfo(tokenizer_version=3)
 
-    assert Mine().config.num_layers == 3
+    assert Mine().config.num_layers == 2
     out = jax.eval_shape(lambda: Mine().init_with_output(jax.random.key(0), jnp.ones((2, 3), jnp.int32))[0])
     assert out.logits.shape == (2, 3, 50)
 
@@ -134,38 +136,37 @@ def test_a_model_is_transformer_like():
 # ---- batch dimensions -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [(), (1,), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 def test_batch_dimensions(batch):
-    run, tokens = compiled("gemma3"), ids(*batch, 5)
+    run, tokens, rows = compiled("gemma3"), ids(*batch, 5), int(np.prod(batch))
     out = run(tokens, return_hidden_states=True)
     assert out.logits.shape == (*batch, 5, 50)
     assert out.hidden_states.shape == (*batch, 5, 24)
     assert out.cache is None
-    flat = run(tokens.reshape(-1, 5))
+    flat = run(tokens.reshape(-1, 5), return_hidden_states=True)
     np.testing.assert_allclose(np.asarray(out.logits).reshape(-1, 5, 50), flat.logits, **SAME)
-    last = run(tokens, return_last_only=True, return_hidden_states=True)
-    assert last.logits.shape == (*batch, 50)
-    assert last.hidden_states.shape == (*batch, 24)
-    np.testing.assert_allclose(last.logits, out.logits[..., -1, :], **SAME)
 
-
-@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-def test_batch_dimensions_with_positions_mask_and_cache(batch):
-    run, tokens, rows = compiled("gemma3"), ids(*batch, 5), int(np.prod(batch))
     positions = np.broadcast_to(np.arange(5, dtype=np.int32), tokens.shape)
     mask = np.broadcast_to(np.tril(np.ones((5, 8), bool)), (*batch, 5, 8))
     cache = tiny("gemma3")[0].init_cache(batch_size=rows, dtype=jnp.float32, cache_length=8)
-    out = run(tokens, positions=positions, attention_mask=mask, cache=cache)
-    assert out.cache["layer_0"]["k"].shape[0] == rows  # a cache has one batch dimension
-    np.testing.assert_allclose(out.logits, run(tokens).logits, **SAME)
+    cached = run(tokens, positions=positions, attention_mask=mask, cache=cache)
+    assert cached.cache["layer_0"]["k"].shape[0] == rows  # a cache has one batch dimension
+    np.testing.assert_allclose(cached.logits, out.logits, **SAME)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3)], ids=str)
+def test_shapes_of_the_last_token_only(batch):
+    model, variables = tiny("gemma3")
+    out = jax.eval_shape(
+        lambda: model.apply(variables, jnp.asarray(ids(*batch, 5)), return_last_only=True, return_hidden_states=True)
+    )
+    assert out.logits.shape == (*batch, 50)
+    assert out.hidden_states.shape == (*batch, 24)
 
 
 def test_lists_are_tokens_too():
     model, variables = tiny("gemma3")
-    apply = lambda tokens: model.apply(variables, tokens)
-    np.testing.assert_array_equal(
-        jax.jit(lambda: apply([[3, 4, 5]]))().logits, jax.jit(lambda: apply(jnp.asarray([[3, 4, 5]])))().logits
-    )
+    assert jax.eval_shape(lambda: model.apply(variables, [[3, 4, 5]])).logits.shape == (1, 3, 50)
 
 
 # ---- options and errors ---------------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def test_last_only_is_said_once():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (gm.nn.Gemma3_270M, r"The model 'Gemma3_270M' does not have vision encoder, yet images are provided\.$"),
+        (gm.nn.Gemma3_270M, r"The model 'Gemma3_270M' does not have vision encoder, yet images are provided\."),
         (
             lambda: gm.nn.Gemma3_4B(text_only=True),
             r"'Gemma3_4B' does not have vision encoder, .* The model was created with `text_only=True`\.",
@@ -214,9 +215,9 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_float16_is_refused_where_it_overflows():
-    model, variables = tiny("gemma3", "float16")
     with pytest.raises(ValueError, match="float16 cannot hold the activations of Gemma 3"):
-        model.apply(variables, jnp.ones((1, 2), jnp.int32))
+        shapes(gm.nn.Transformer.from_config(CONFIGS["gemma3"], dtype=jnp.float16))
+    shapes(gm.nn.Transformer.from_config(CONFIGS["gemma2"], dtype=jnp.float16))
 
 
 def test_an_untied_head_is_refused():
@@ -230,9 +231,13 @@ def test_a_bidirectional_model_sees_the_future_and_takes_no_cache():
     model, (_, variables) = gm.nn.Transformer.from_config(config), tiny("gemma3")
     run = jax.jit(lambda tokens: model.apply(variables, tokens).logits)
     tokens = ids(1, 9)
-    changed = tokens.copy()
-    changed[0, 8] = 1 + tokens[0, 8] % 40
-    assert np.abs(run(changed) - run(tokens))[0, 0].max() > 1e-4
+    moved = []
+    for changed in range(9):
+        other = tokens.copy()
+        other[0, changed] = 1 + tokens[0, changed] % 40
+        moved.append(np.abs(run(other) - run(tokens))[0].max(-1) > 1e-6)
+    # Through the global layer everything sees everything.
+    assert np.all(moved)
     cache = model.init_cache(batch_size=1, dtype=jnp.float32, cache_length=9, windowed=True)
     with pytest.raises(ValueError, match="cannot use a cache"):
         model.apply(variables, jnp.asarray(tokens), cache=cache)
@@ -241,46 +246,35 @@ def test_a_bidirectional_model_sees_the_future_and_takes_no_cache():
 # ---- purity ---------------------------------------------------------------------------------------------------------
 
 
-def test_eager_and_compiled_agree():
-    model, variables = tiny("gemma2")
-    tokens = ids(1, 6)
-    np.testing.assert_allclose(model.apply(variables, tokens).logits, compiled("gemma2")(tokens).logits, **SAME)
-
-
-def test_a_compiled_model_is_traced_once_per_shape():
-    model, variables = tiny("gemma3")
-    traces = []
-
-    @jax.jit
-    def run(variables, tokens):
-        traces.append(tokens.shape)
-        return model.apply(variables, tokens).logits
-
-    for shape in ((1, 3), (1, 3), (2, 3), (1, 3)):
-        run(variables, jnp.asarray(ids(*shape)))
-    assert traces == [(1, 3), (2, 3)]
-
-
 def test_an_interceptor_changes_its_own_calls_only():
-    """What a wrapper such as LoRA does: intercept layers during a call. No later call may see it."""
+    """What a wrapper such as LoRA does: intercept layers during a call. No other call may see it, in any order."""
     model, variables = tiny("gemma3")
-    apply, tokens = (lambda: jax.jit(model.apply)(variables, ids(1, 4)).logits), ids(1, 4)
+    met = []
 
     def doubled(next_fun, args, kwargs, context):
         out = next_fun(*args, **kwargs)
-        return out * 2 if isinstance(context.module, _layers.Einsum) else out
+        if not isinstance(context.module, _layers.Einsum):
+            return out
+        met.append(context.module.name)
+        return out * 2
 
-    before = model.apply(variables, tokens).logits
+    def program():
+        return str(jax.make_jaxpr(model.apply)(variables, jnp.asarray(ids(1, 4))))
+
+    plain = program()
     with nn.intercept_methods(doubled):
-        inside = model.apply(variables, tokens).logits
-    assert np.abs(inside - before).max() > 1e-2
-    np.testing.assert_array_equal(model.apply(variables, tokens).logits, before)
-    np.testing.assert_allclose(apply(), before, **SAME)
+        inside = program()
+    # Per layer: q, k and v, the output, gate and up, down.
+    assert len(met) == TINY["num_hidden_layers"] * 5
+    assert inside != plain
+    assert program() == plain
+    with nn.intercept_methods(doubled):
+        assert program() == inside
 
 
 def test_gradients_are_finite_with_padding():
     model, variables = tiny("gemma3")
-    tokens = ids(2, 12)
+    tokens = ids(2, 3 * WINDOW)
     tokens[1, 1:] = 0  # the padding reaches far beyond the window
 
     @jax.jit

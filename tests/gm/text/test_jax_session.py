@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_text_helpers import PROMPT, logits_after, naive
 
 from gemma.errors import ContextFull, PromptError, SamplingError
 from gemma.gm import text
 from gemma.gm.text import _engine, _generate, _sampling
 from gemma.sampling import SamplingParams, sample, step_seed
-
-from jax_text_helpers import PROMPT, logits_after, naive
 
 
 def greedy(count: int, **more) -> SamplingParams:
@@ -24,10 +23,10 @@ def greedy(count: int, **more) -> SamplingParams:
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 def test_equals_whole_forward_passes(make, family):
-    loaded = make(family)
+    loaded = make(family, num_hidden_layers=2, layer_pattern="G" if family == "gemma" else "LG")
     expected = naive(loaded, PROMPT, 24)
     assert len(set(expected)) > 3  # not one token over and over
-    for chunk in (1, 5, 32):
+    for chunk in (1, 7):
         assert list(text.generate_ids(loaded, PROMPT, greedy(24), chunk=chunk)) == expected
 
 
@@ -35,17 +34,17 @@ def test_ends_at_an_end_id(loaded):
     free = naive(loaded, PROMPT, 24)
     end = next(token for i, token in enumerate(free) if i > 3 and token not in free[:i])
     at = free.index(end)
-    for chunk in (1, 4, 32):
+    for chunk in (1, 7):
         assert list(text.generate_ids(loaded, PROMPT, greedy(24), end_ids=[end, 5], chunk=chunk)) == free[: at + 1]
 
 
 def test_a_first_token_that_ends(loaded):
     first = naive(loaded, PROMPT, 1)
-    for chunk in (1, 8):
+    for chunk in (1, 7):
         assert list(text.generate_ids(loaded, PROMPT, greedy(9), end_ids=first, chunk=chunk)) == first
 
 
-@pytest.mark.parametrize("buckets", [(4,), (3, 8), (1024,)])
+@pytest.mark.parametrize("buckets", [(4,), (3, 16)])
 def test_chunks_of_the_prompt_do_not_matter(loaded, buckets):
     cuts, choice = _generate.picking(greedy(1), loaded, ())
     engine = _engine.Engine(loaded.model, loaded.params, 1, cache_length=64, buckets=buckets)
@@ -60,7 +59,7 @@ def test_rows_do_not_see_each_other(loaded):
     cuts, choice = _generate.picking(greedy(1), loaded, ())
     engine = _engine.Engine(loaded.model, loaded.params, 4, cache_length=64, buckets=(16,))
     engine.start(prompts, cuts, choice, reserve=12, key=jax.random.key(0), u=np.zeros(4, np.float32))
-    engine.run(cuts, choice, 11, np.zeros((4, 16), np.float32))
+    engine.run(cuts, choice, 11, np.zeros((4, 12), np.float32))
     for prompt, row in zip(prompts, engine.ids):
         assert row == prompt + naive(loaded, prompt, 12)
     stored = [int(n) for n in engine.cache["layer_0"]["end_index"]]
@@ -80,7 +79,9 @@ def test_turns_equal_one_pass(loaded):
 def test_tokens_reads_only_what_is_new(loaded, monkeypatch):
     read = []
     original = _engine.Engine._chunks
-    monkeypatch.setattr(_engine.Engine, "_chunks", lambda self, rows: read.extend(map(len, rows)) or original(self, rows))
+    monkeypatch.setattr(
+        _engine.Engine, "_chunks", lambda self, rows: read.extend(map(len, rows)) or original(self, rows)
+    )
     session = text.Session(loaded, context=60)
     made = list(session.tokens(PROMPT, greedy(4)))
     longer = [*PROMPT, *made, 80, 81]
@@ -137,7 +138,7 @@ def test_the_limit_of_the_model(loaded):
         list(session.append([], greedy(1)))
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("chunk", [1, 7])
 def test_seeded_sampling(loaded, chunk):
     params = SamplingParams(seed=5, top_p=0.9, top_k=40, repetition_penalty=1.2, max_new_tokens=12)
     made = list(text.generate_ids(loaded, PROMPT, params, chunk=chunk))
@@ -151,7 +152,7 @@ def test_seeded_sampling(loaded, chunk):
 
 def test_penalty_and_bias_reach_the_loop(loaded):
     plain = naive(loaded, PROMPT, 12)
-    banned = greedy(12, logit_bias={token: -np.inf for token in plain})
+    banned = greedy(12, logit_bias=dict.fromkeys(plain, -np.inf))
     assert not set(text.generate_ids(loaded, PROMPT, banned)) & set(plain)
     spread = list(text.generate_ids(loaded, PROMPT, greedy(12, repetition_penalty=100.0)))
     assert not set(spread) & set(PROMPT) and len(set(spread)) == 12
@@ -195,7 +196,7 @@ def test_nan_weights_are_reported(loaded):
     params = jax.tree.map(lambda x: x, loaded.params)
     params["final_norm"] = {"scale": jnp.full_like(params["final_norm"]["scale"], jnp.nan)}
     broken = dataclasses.replace(loaded, params=params)
-    for chunk in (1, 4):
+    for chunk in (1, 7):
         with pytest.raises(SamplingError, match="not finite"):
             list(text.generate_ids(broken, PROMPT, greedy(4), chunk=chunk))
 
@@ -222,7 +223,7 @@ def test_bfloat16_runs(loaded):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params)
     half = dataclasses.replace(loaded, model=model, params=params)
     made = list(text.generate_ids(half, PROMPT, greedy(6)))
-    assert made == list(text.generate_ids(half, PROMPT, greedy(6), chunk=8)) and len(made) == 6
+    assert made == list(text.generate_ids(half, PROMPT, greedy(6), chunk=7)) and len(made) == 6
 
 
 def test_a_fork_leaves_the_original_alone(loaded):
