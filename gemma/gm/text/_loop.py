@@ -31,8 +31,8 @@ class State(NamedTuple):
     """One batch between two steps."""
 
     cache: Any  # windowed layout
-    pending: Int[Array, "B"]  # picked last, not in the cache; 0 in rows that were done before
-    done: Bool[Array, "B"]
+    pending: Int[Array, B]  # picked last, not in the cache; 0 in rows that were done before
+    done: Bool[Array, B]
     seen: Bool[Array, "B V"]  # ids that the repetition penalty looks at; [B, 0] without one
     key: Array  # JAX key of the official sampling methods
     bad: Bool[Array, ""]  # logits were NaN, or no token could be picked
@@ -42,8 +42,8 @@ class Choice(NamedTuple):
     """What may be picked and what ends a row; arrays, so that another choice compiles nothing."""
 
     knobs: _sampling.Knobs | None
-    blocked: Bool[Array, "V"]  # never picked
-    ends: Int[Array, "E"]  # ids that end a row
+    blocked: Bool[Array, V]  # never picked
+    ends: Int[Array, E]  # ids that end a row
 
 
 def _forward(model: Any, params: Params, tokens: Int[Array, "B T"], cache: Any) -> tuple[Float[Array, "B V"], Any]:
@@ -52,7 +52,7 @@ def _forward(model: Any, params: Params, tokens: Int[Array, "B T"], cache: Any) 
     return out.logits.astype(jnp.float32), out.cache
 
 
-def _pick(how: How, choice: Choice, logits: Float[Array, "B V"], state: State, u: Float[Array, "B"]) -> State:
+def _pick(how: How, choice: Choice, logits: Float[Array, "B V"], state: State, u: Float[Array, B]) -> State:
     """The state after picking the next token of each row."""
     logits = jnp.where(choice.blocked[None], -jnp.inf, logits)
     bad = ~jnp.isfinite(logits.max(axis=-1)).all()
@@ -75,7 +75,7 @@ def _pick_one(cuts: _sampling.Cuts, knobs: _sampling.Knobs, logits: Array, seen:
     return _sampling.draw(_sampling.process(logits, cuts, knobs, seen), cuts, u)
 
 
-def _step(model: Any, how: How, params: Params, choice: Choice, state: State, u: Float[Array, "B"]) -> State:
+def _step(model: Any, how: How, params: Params, choice: Choice, state: State, u: Float[Array, B]) -> State:
     tokens = jnp.where(state.done, 0, state.pending)
     logits, cache = _forward(model, params, tokens[:, None], state.cache)
     return _pick(how, choice, logits, state._replace(cache=cache), u)
@@ -114,7 +114,7 @@ def read_and_pick(
     carried: Float[Array, "B V"] | None,
     seen: Bool[Array, "B V"],
     key: Array,
-    u: Float[Array, "B"],
+    u: Float[Array, B],
 ) -> State:
     """As `read`, for the last chunk: also picks the first new token of each row."""
     logits, cache = read.__wrapped__(model, params, tokens, cache, carried)
@@ -124,7 +124,7 @@ def read_and_pick(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "how"), donate_argnames=("state",))
-def step(model: Any, how: How, params: Params, choice: Choice, state: State, u: Float[Array, "B"]) -> State:
+def step(model: Any, how: How, params: Params, choice: Choice, state: State, u: Float[Array, B]) -> State:
     """Stores the pending tokens and picks the next ones."""
     return _step(model, how, params, choice, state, u)
 
