@@ -36,7 +36,8 @@ demo: $(VENV)/.demo
 	@$(BIN)/gemma generate --model demo --max-new-tokens 14 'The history of computing began'
 
 test: $(VENV)/.test check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15 --support-json .pytest_cache/support.json
+	$(BIN)/python scripts/support_table.py --check .pytest_cache/support.json
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

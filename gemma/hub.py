@@ -47,7 +47,7 @@ _MARKER_LIMIT = 4096  # bytes; a marker is far smaller, and reading is bounded
 
 
 def cache_dir() -> Path:
-    """The folder for everything gemmakit keeps between runs: `$GEMMA_CACHE_DIR`, or `~/.gemma`. It may not exist yet."""
+    """The folder for all that gemmakit keeps between runs: `$GEMMA_CACHE_DIR`, or `~/.gemma`. It may not exist yet."""
     given = os.environ.get("GEMMA_CACHE_DIR", "").strip()
     return Path(given).expanduser() if given else Path("~/.gemma").expanduser()
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
 
 from gemma.checkpoint import load_tensors, open_checkpoint
 from gemma.weights import tensors as weight_table
-
-gguf = pytest.importorskip("gguf")
 
 QUANTS = ["Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1"]
 
@@ -128,8 +127,8 @@ def test_safetensors_of_the_reference_writer(tmp_path):
 @pytest.mark.parametrize("shard_size", ["1GB", "60KB"])
 def test_a_folder_of_transformers(tmp_path, shard_size):
     """`save_pretrained` of a tiny Gemma 3, in one file and in shards: config and every tensor."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
 
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(

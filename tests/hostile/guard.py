@@ -19,7 +19,7 @@ from gemma.checkpoint import load_tensors, open_checkpoint
 from gemma.errors import FormatError, GemmaError
 from gemma.tokenizer import Tokenizer
 
-LIMIT = 64 << 20  # bytes a refusal may cost
+LIMIT = 64_000_000  # bytes a refusal may cost
 HANG = 30  # seconds; a refusal takes milliseconds, so this only tells slow machines from endless loops
 
 
@@ -54,7 +54,7 @@ def resident(limit: int = LIMIT):
     before = _status("VmRSS")
     yield
     grown = _status("VmHWM") - before
-    assert grown <= limit, f"peak resident size grew by {grown >> 20} MiB"
+    assert grown <= limit, f"peak resident size grew by {grown / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def bounded(limit: int = LIMIT, seconds: int = HANG):
     finally:
         if started:
             tracemalloc.stop()
-    assert peak <= limit, f"{peak >> 20} MiB allocated at the peak"
+    assert peak <= limit, f"{peak / 1e6:.1f} MB allocated at the peak"
 
 
 def drive(path, *, tensors: bool = True) -> None:

@@ -103,7 +103,7 @@ def test_a_full_disk(demo, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(hub.os, "fsync", full)
-    with pytest.raises(HubError, match="no space left.*free some space, or set GEMMA_CACHE_DIR"):
+    with pytest.raises(HubError, match=r"no space left.*free some space, or set GEMMA_CACHE_DIR"):
         hub.demo_path()
     assert not list(demo.parent.iterdir())
 
@@ -150,7 +150,7 @@ def test_not_installed(cache, monkeypatch):
 def test_a_missing_part(cache, monkeypatch, tmp_path):
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(HubError, match="part00.*missing"):
+    with pytest.raises(HubError, match=r"part00.*missing"):
         hub.resolve("demo")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,8 +13,6 @@ import pytest
 from gemma import _quants_decode, quants
 from gemma.errors import CheckpointError, ShapeError, UnsupportedError
 from gemma.quants import PackedTensor, QuantType, dequantize, quantize
-
-gguf = pytest.importorskip("gguf")
 
 GGUF_TYPES = [t for t in QuantType if t.ggml_id is not None]
 BLOCK_TYPES = [t for t in GGUF_TYPES if not t.is_float]

@@ -149,6 +149,10 @@ def our_norms(model, params, ids) -> dict[str, np.ndarray]:
     return found
 
 
+# Kept for the life of the process: the library holds the pointer, and calls it even while it is being freed.
+QUIET = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)(lambda *_: None)
+
+
 class _Blob(C.Structure):
     """llama.cpp's parameter structs, by value: longer than either is; only leading fields are touched."""
 
@@ -192,8 +196,7 @@ class LlamaCpp:
         ):
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments
-        self._quiet = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)(lambda *_: None)  # kept: C holds the pointer
-        lib.llama_log_set(self._quiet, None)
+        lib.llama_log_set(QUIET, None)
         lib.llama_backend_init()
         self._model = lib.llama_model_load_from_file(os.fsencode(path), lib.llama_model_default_params())
         assert self._model, f"llama.cpp cannot read {path}"

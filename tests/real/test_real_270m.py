@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import golden_270m
 import numpy as np
 import pytest
@@ -54,7 +52,8 @@ SAMPLED = "token_embd blk.0.attn_q blk.3.attn_v blk.7.ffn_down blk.17.ffn_gate b
 @pytest.mark.parametrize("name", [f"{name}.weight" for name in SAMPLED.split()])
 def test_dequantization_equals_gguf(checkpoint, name):
     """The first rows of one tensor of each kind, against the reference package on the same bytes."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     info = checkpoint.tensors[name]
     kind = gguf.GGMLQuantizationType[info.dtype]
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -114,7 +113,6 @@ PROMPTS = (
 )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the package xllamacpp")
 def test_tokens_equal_llama_cpp(ours, llama):
     """Teacher-forced on llama.cpp's greedy text, five prompts in one padded batch of ours.
 

@@ -3,11 +3,10 @@
 
 import numpy as np
 import pytest
+import torch
+from transformers.generation import logits_process as processors
 
 from gemma.sampling import SamplingParams, process_logits
-
-torch = pytest.importorskip("torch")
-processors = pytest.importorskip("transformers.generation.logits_process")
 
 V = 200
 KINDS = ("plain", "ties", "forbidden", "flat", "peaked")

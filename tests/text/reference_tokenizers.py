@@ -48,6 +48,10 @@ def gguf_metadata(path) -> dict:
         return {text(): value(take("I")[0]) for _ in range(n_kv)}
 
 
+# Kept for the life of the process: the library holds the pointer, and calls it even while it is being freed.
+QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+
+
 class LlamaCpp:
     """`encode(text, parse_special)` by llama.cpp's own vocabulary code, on a GGUF file."""
 
@@ -58,9 +62,8 @@ class LlamaCpp:
     def __init__(self, path):
         root = os.path.dirname(importlib.util.find_spec("xllamacpp").origin)
         self._lib = lib = ctypes.CDLL(glob.glob(os.path.join(root, "xllamacpp*.so"))[0])
-        self._quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-        lib.llama_log_set.argtypes = [type(self._quiet), ctypes.c_void_p]
-        lib.llama_log_set(self._quiet, None)
+        lib.llama_log_set.argtypes = [type(QUIET), ctypes.c_void_p]
+        lib.llama_log_set(QUIET, None)
         lib.llama_model_default_params.restype = self._Params
         lib.llama_model_load_from_file.restype = ctypes.c_void_p
         lib.llama_model_load_from_file.argtypes = [ctypes.c_char_p, self._Params]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints as JAX parameter trees. Files are read by `gemma.checkpoint`, names and axes come from `gemma.weights`."""
+"""Checkpoints as JAX parameter trees. `gemma.checkpoint` reads the files, `gemma.weights` knows names and axes."""
 
 from gemma._lazy import attach
 

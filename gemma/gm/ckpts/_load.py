@@ -117,7 +117,8 @@ def _check_arguments(params: Any, sharding: Any, quantize: bool, dtype: Any, tex
     if not isinstance(params, Mapping) or any("/" in key for key in params) or "embedder" not in params:
         keys = ", ".join(list(params)[:4]) if isinstance(params, Mapping) else type(params).__name__
         raise CheckpointError(
-            f"`params` must be a nested tree such as model.init(...)['params'], with the key 'embedder' on top; got {keys}"
+            f"`params` must be a nested tree such as model.init(...)['params'], with the key 'embedder' on top; "
+            f"got {keys}"
         )
     if text_only and "vision_encoder" in params:
         raise CheckpointError("`text_only=True`, but `params` hold a vision encoder: pass one or the other.")
@@ -135,8 +136,8 @@ def _config(checkpoint: Checkpoint) -> configs.GemmaConfig:
     config = checkpoint.config()
     if not isinstance(config, configs.GemmaConfig):
         raise UnsupportedError(
-            f"{checkpoint.path}: holds a {type(config).__name__.removesuffix('Config')} model; gm.ckpts reads Gemma text "
-            f"models and Gemma 3"
+            f"{checkpoint.path}: holds a {type(config).__name__.removesuffix('Config')} model; gm.ckpts reads Gemma "
+            f"text models and Gemma 3"
         )
     return config
 
@@ -199,7 +200,7 @@ def _sharding_of(name: str, sharding: Any, target: Any) -> Any:
 
 
 def _check_structure(like: Mapping[str, Any], config: configs.GemmaConfig, text_only: bool, path: Path) -> bool:
-    """`params` must ask for exactly what the checkpoint has; lists every difference. Returns whether they are text only."""
+    """`params` must ask for exactly what the checkpoint has; lists every difference. Returns whether text only."""
     vision = any(name.startswith("vision_encoder/") for name in like)
     if vision and config.vision is None:
         raise CheckpointError(f"`params` hold a vision encoder, but {path} has none.")

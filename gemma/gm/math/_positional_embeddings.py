@@ -55,7 +55,7 @@ def rope_table(
 def rotate(
     inputs: Float[Array, "*B T N H"], sin: Float[Array, "*B T H/2"], cos: Float[Array, "*B T H/2"]
 ) -> Float[Array, "*B T N H"]:
-    """Rotates the pairs of every head by a table of `rope_table`: computed in float32, returned in the input's dtype."""
+    """Rotates the pairs of every head by a table of `rope_table`: float32 inside, returned in the input's dtype."""
     # The halves as an axis of their own: exchanging them is a reversal, which fuses with the products into one loop.
     halves = inputs.astype(jnp.float32).reshape(*inputs.shape[:-1], 2, -1)
     cos = cos[..., None, None, :]

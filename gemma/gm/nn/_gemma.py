@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published models as classes, one line each. Their sizes are in `gemma/config.py`, the network in `_transformer.py`."""
+"""The published models as classes, one line each.
+
+Their sizes are in `gemma/config.py`, the network is in `_transformer.py`.
+"""
 
 from __future__ import annotations
 

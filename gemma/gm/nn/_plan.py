@@ -2,10 +2,10 @@
 """What all layers of one kind share in one step: RoPE table, mask, and the write into the cache.
 
 A step of a Gemma has at most two kinds of layer, local and global, so this is done twice per step and not once per
-layer. The attention itself is in `_modules.py`, cache layouts in `_cache.py`, base masks in `gm/utils/_attention_mask.py`.
+layer. Attention is in `_modules.py`, cache layouts are in `_cache.py`, base masks in `gm/utils/_attention_mask.py`.
 
 A query at position q sees the key at position p iff the base mask allows it and, on a local layer with window W,
-`p > q - W`; a bidirectional model (EmbeddingGemma) has `|q - p| < W // 2 + 1` instead. Positions, not indices, decide.
+`p > q - W`; in a bidirectional model (EmbeddingGemma) `|q - p| < W // 2 + 1`. Positions decide, not indices.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ import functools
 from typing import Any, ClassVar
 
 import flax
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from gemma.config import GemmaConfig
-from gemma.errors import ConfigError, PromptError, ShapeError
+from gemma.errors import ConfigError, ContextFull, PromptError, ShapeError
 from gemma.gm.math import _pos_utils
 from gemma.gm.nn import _cache, _layers, _modules, _plan
 from gemma.gm.nn._config import ModelInfo, TransformerConfig
@@ -118,15 +120,18 @@ class Transformer(nn.Module, kw_only=True):
         Raises:
           ShapeError: (a ValueError) the shapes or dtypes of the arguments do not fit.
           PromptError: (a ValueError) images came and the model has no vision encoder.
+          ContextFull: (a ValueError) more tokens than the cache has room for. Under jit only a chunk longer than a full
+            cache is noticed: whoever jits counts the tokens, as the samplers do.
           ConfigError: (a ValueError) float16 parameters in Gemma 3, or a configuration with an untied head.
         """
         if self.return_last_only is not None or return_last_only is not None:
             return_last_only = nn.merge_param("return_last_only", self.return_last_only, return_last_only)
         self._check_images(images)
         batch, tokens, positions, attention_mask = _flatten(tokens, positions, attention_mask)
+        valid = tokens != 0
         if cache is not None:
             _check_cache(cache, self.config, tokens.shape[0])
-        valid = tokens != 0
+            _check_room(cache, valid)
         if positions is None:
             positions = _positions(valid, cache)
         x, cache = self._decode(tokens, positions, valid, cache, attention_mask)
@@ -233,9 +238,24 @@ def _check_cache(cache: _cache.Cache, config: TransformerConfig, batch: int) -> 
             raise ShapeError(f"cache[{name!r}]: made for {layer['k'].shape[0]} rows, but tokens hold {batch}")
     if not isinstance(cache, _cache.WindowedCache) and len({layer["k"].shape[1] for layer in cache.values()}) > 1:
         raise ShapeError(
-            "cache: its layers have different lengths, but it is no WindowedCache; a windowed cache was probably copied "
+            "cache: its layers have different lengths, but it is no WindowedCache; a windowed cache was perhaps copied "
             "with dict(...): use jax.tree.map, or gm.nn.WindowedCache(layers, cache_length=...)"
         )
+
+
+def _check_room(cache: _cache.Cache, valid: Bool[Array, "B T"]) -> None:
+    """Refuses tokens that the cache has no room for, as far as that is known: under jit only the shapes are."""
+    layer = cache["layer_0"]
+    windowed = isinstance(cache, _cache.WindowedCache)
+    limit = cache.cache_length if windowed else layer["k"].shape[1]
+    if not windowed and valid.shape[1] > limit:
+        raise ContextFull(valid.shape[1], limit, "this chunk")
+    if isinstance(layer["end_index"], jax.core.Tracer) or isinstance(valid, jax.core.Tracer):
+        return
+    new = np.asarray(valid).sum(axis=1) if windowed else valid.shape[1]  # the full layout stores padding, too
+    used = int((np.asarray(layer["end_index"]) + new).max())
+    if used > limit:
+        raise ContextFull(used, limit, "the cache's content and this chunk")
 
 
 def _positions(valid: Bool[Array, "B T"], cache: _cache.Cache | None) -> Int[Array, "B T"]:

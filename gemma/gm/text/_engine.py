@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's side of generation: what each row of a batch holds, padded chunks, caches that grow, and the model's limit.
+"""The host's side of generation: what each row of a batch holds, padded chunks, growing caches, the model's limit.
 
 `Engine` is private; `Sampler` and `Session` are its faces. What it runs on the device is in `_loop.py`.
 
@@ -10,14 +10,14 @@ the cache holds its first `stored[b]` ids and nothing else, and a call reads exa
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma.errors import ContextFull, PromptError, SamplingError
+from gemma.errors import ContextFull, PromptError, SamplingError, ShapeError
 from gemma.gm import _compile_cache
 from gemma.gm.nn import WindowedCache
 from gemma.gm.text import _loop
@@ -42,6 +42,7 @@ class Engine:
         # A module that already says `return_last_only` must not be told so again at the call.
         self.model = model.clone(return_last_only=None) if model.return_last_only is not None else model
         self.params = params
+        check_params(self.model.config, params)
         self.limit: int = model.config.source.max_position_embeddings
         self.buckets = tuple(sorted(buckets))
         self.ids: list[list[int]] = [[] for _ in range(rows)]
@@ -201,6 +202,29 @@ class Engine:
             grown = grow_cache(self.cache, self.model.config.layers, length)
             self._cache, self._state = grown, None
         self.capacity = length
+
+
+def check_params(config: Any, params: Any) -> None:
+    """Refuses parameters of another model by one look at their table and layers, before anything is compiled.
+
+    Raises:
+      ShapeError: not the tree of `model.init(...)["params"]`, or of other sizes; the message names the leaf.
+    """
+    keys = sorted(params) if isinstance(params, Mapping) else []
+    table = params["embedder"].get("input_embedding") if "embedder" in keys else None
+    if table is None:
+        inner = ' (is it params["params"] that is meant?)' if "params" in keys else ""
+        got = ", ".join(keys[:4]) or type(params).__name__
+        raise ShapeError(f"params: expected a tree with embedder/input_embedding, got {got}{inner}")
+    expected = (config.num_embed, config.embed_dim)
+    if hasattr(table, "shape") and tuple(table.shape) != expected:
+        raise ShapeError(
+            f"params: embedder/input_embedding: the model expects the shape {expected}, got {tuple(table.shape)}: "
+            f"these are the parameters of another size"
+        )
+    layers = sum(key.startswith("layer_") for key in keys)
+    if layers != config.num_layers:
+        raise ShapeError(f"params: the model has {config.num_layers} layers, the parameters {layers}")
 
 
 def cache_bucket(tokens: int, limit: int) -> int:

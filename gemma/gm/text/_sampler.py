@@ -23,6 +23,8 @@ from gemma.gm.text._tokenizer import Tokenizer, visible
 from gemma.gm.typing import Params
 from gemma.sampling import SamplingParams, fresh_seed
 
+_GREEDY = _sampling.Greedy()
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SamplingState:
@@ -90,7 +92,7 @@ class Sampler:
     model: Any
     params: Params
     tokenizer: Any = None
-    sampling: _sampling.SamplingMethod | SamplingParams = _sampling.Greedy()
+    sampling: _sampling.SamplingMethod | SamplingParams = _GREEDY
     forbidden_tokens: Sequence[str | int] | None = None
     stop_tokens: Sequence[str | int] | None = None
     cache_length: int = 4096
@@ -109,8 +111,8 @@ class Sampler:
         own = self.tokenizer.VERSION if isinstance(self.tokenizer, Tokenizer) else self.tokenizer.version
         if version and own and version != own:
             raise TokenizerError(
-                f"Incompatible model and tokenizer: Got {type(self.model).__name__} and {type(self.tokenizer).__name__} "
-                f"of version {own}; the model needs version {version}."
+                f"Incompatible model and tokenizer: Got {type(self.model).__name__} and "
+                f"{type(self.tokenizer).__name__} of version {own}; the model needs version {version}."
             )
         for name in ("cache_length", "max_out_length"):
             if getattr(self, name) < 1:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picks the next token on the device: the official sampling methods, and `gemma.sampling.SamplingParams` as one of them.
+"""Picks the next token on the device: by the official sampling methods, or by `gemma.sampling.SamplingParams`.
 
 What the parameters mean is defined by the numpy sampler in `gemma/sampling.py`; this file gives the same sets and the
 same draws without sorting the vocabulary. The decode loop that calls it is `_loop.py`.
 
-A cut such as top-p is a threshold on the logits: the largest t for which the mass of {logit >= t} still reaches p. It is
-found by bisection on the 32 bits of a float32, which is exact, needs 32 sums over V and no sort (a sort of 262,144
+A cut such as top-p is a threshold on the logits: the largest t for which the mass of {logit >= t} still reaches p. It
+is found by bisection on the 32 bits of a float32, which is exact, needs 32 sums over V and no sort (a sort of 262,144
 logits takes longer than a decode step of the smallest Gemma).
 """
 
@@ -122,7 +122,7 @@ class MinPSampling(SamplingMethod):
 
 @dataclasses.dataclass(frozen=True)
 class Cuts:
-    """Which steps of `SamplingParams` are on: the static half of `from_params`, so that a step that is off costs nothing."""
+    """Which steps of `SamplingParams` are on: the static half of `from_params`; a step that is off costs nothing."""
 
     greedy: bool
     penalty: bool

@@ -100,7 +100,7 @@ def test_the_padded_table(tmp_path):
     from gemma.checkpoint import open_checkpoint
 
     with open_checkpoint(tmp_path) as checkpoint:
-        leaves = {name: parts for name, parts in _load._leaves(checkpoint, testing.tiny_config("gemma2"), False)}
+        leaves = dict(_load._leaves(checkpoint, testing.tiny_config("gemma2"), False))
         table = _load._read_leaf("embedder/input_embedding", leaves["embedder/input_embedding"], config, np.dtype("f4"))
     assert table.shape == (328, 72) and not table[320:].any()
     np.testing.assert_array_equal(table[:320], tensors["embed"])
@@ -126,7 +126,7 @@ def test_floats_keep_their_dtype(saved, tmp_path):
 
 
 def test_params_decide_dtype_and_sharding(saved):
-    config, folder = saved
+    _, folder = saved
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.device_put(x.astype(jnp.bfloat16), where), ckpts.load_params(folder))
     names = flat(like)
@@ -176,7 +176,7 @@ def test_arguments_that_exclude_each_other(saved):
 
 
 def test_params_of_another_model(saved):
-    config, folder = saved
+    _, folder = saved
     params = ckpts.load_params(folder)
     del params["final_norm"]
     params["layer_9"] = {"x": jnp.zeros(1)}
@@ -200,12 +200,12 @@ def test_what_cannot_be_read(tmp_path):
         ckpts.load_params(tmp_path / "nothing")
     (tmp_path / "orbax").mkdir()
     (tmp_path / "orbax" / "_METADATA").write_text("{}")
-    with pytest.raises(UnsupportedError, match="Orbax.*not read yet"):
+    with pytest.raises(UnsupportedError, match=r"Orbax.*not read yet"):
         ckpts.load_params(tmp_path / "orbax")
 
 
 def test_a_missing_tensor_is_named(saved, tmp_path):
-    config, folder = saved
+    _, folder = saved
     arrays = load_file(folder / "model.safetensors")
     gone = next(name for name in arrays if name.endswith("layers.1.mlp.up_proj.weight"))
     del arrays[gone]

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nn_helpers import CONFIGS, WINDOW, compiled, ids, tiny
+from nn_helpers import QUICK, WINDOW, compiled, ids, tiny
 
 from gemma import gm
 from gemma.config import PRESETS
@@ -66,14 +68,20 @@ def test_a_windowed_cache_copied_as_a_dictionary_is_refused():
         compiled("gemma3")(ids(1, 2), cache=dict(empty("gemma3", 1, 9, True)))
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def store(cache, positions, valid, kv):
+    """One chunk into a ring with a window of four; V is -K."""
+    _, _, cache = _cache.plan_ring_write(cache, positions, valid, window=4).store(cache, kv, -kv)
+    return cache
+
+
 def test_the_drawing_in_the_docstring():
     """Window 4, tokens a..f: slots e f c d, positions 4 5 2 3."""
     cache = _cache.init_layer(1, 4, 1, 2, jnp.float32, _cache.EMPTY)
-    tokens = jnp.arange(6.0)[None, :, None, None].repeat(2, -1)
+    tokens = np.arange(6, dtype=np.float32)[None, :, None, None].repeat(2, -1)
     for start, stop in ((0, 3), (3, 4), (4, 6)):
-        positions = jnp.arange(start, stop, dtype=jnp.int32)[None]
-        write = _cache.plan_ring_write(cache, positions, jnp.ones((1, stop - start), bool), window=4)
-        _, _, cache = write.store(cache, tokens[:, start:stop], -tokens[:, start:stop])
+        positions = np.arange(start, stop, dtype=np.int32)[None]
+        cache = store(cache, positions, np.ones((1, stop - start), bool), tokens[:, start:stop])
     np.testing.assert_array_equal(cache["k"][0, :, 0, 0], [4, 5, 2, 3])
     np.testing.assert_array_equal(cache["v"][0, :, 0, 0], [-4, -5, -2, -3])
     np.testing.assert_array_equal(cache["positions"], [[4, 5, 2, 3]])
@@ -89,10 +97,8 @@ def test_a_ring_keeps_the_newest_real_tokens(chunk):
         valid = rng.random((2, chunk)) < 0.7
         value = np.arange(start, start + chunk, dtype=np.float32) + np.asarray([[100.0], [200.0]], np.float32)
         stand = np.asarray([[len(row)] for row in rows])
-        positions = jnp.asarray(stand + np.maximum(np.cumsum(valid, 1) - 1, 0), jnp.int32)
-        write = _cache.plan_ring_write(cache, positions, jnp.asarray(valid), window=4)
-        kv = jnp.asarray(value)[:, :, None, None]
-        _, _, cache = write.store(cache, kv, kv)
+        positions = (stand + np.maximum(np.cumsum(valid, 1) - 1, 0)).astype(np.int32)
+        cache = store(cache, positions, valid, value[:, :, None, None])
         for row, mask, new in zip(rows, valid, value):
             row.extend(new[mask])
     for b, row in enumerate(rows):
@@ -117,10 +123,10 @@ CHUNKS = {  # of few sizes, because each size is a program of its own
 
 @LAYOUTS
 @pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_chunks_do_not_change_the_logits(name, chunks, windowed):
-    run, tokens = compiled(name), ids(2, L)
-    cache, parts, start = empty(name, 2, 20, windowed), [], 0
+def test_chunks_do_not_change_the_logits(chunks, windowed):
+    """With one key head; tests/parity does the same for every family, against Hugging Face."""
+    run, tokens = compiled("gemma3"), ids(2, L)
+    cache, parts, start = empty("gemma3", 2, 20, windowed), [], 0
     for size in CHUNKS[chunks]:
         out = run(tokens[:, start : start + size], cache=cache)
         cache, start = out.cache, start + size
@@ -196,10 +202,9 @@ def test_a_cache_may_have_another_dtype_than_the_weights():
     np.testing.assert_allclose(out.logits, run(tokens).logits, rtol=0, atol=0.1)
 
 
-@LAYOUTS
-def test_logits_do_not_depend_on_the_length_of_the_cache(windowed):
+def test_logits_do_not_depend_on_the_length_of_the_cache():
     run, tokens = compiled("gemma3"), ids(2, L)
-    out = run(tokens, cache=empty("gemma3", 2, 33, windowed))
+    out = run(tokens, cache=empty("gemma3", 2, 33, True))
     np.testing.assert_allclose(out.logits, run(tokens).logits, **SAME)
 
 

@@ -100,7 +100,7 @@ def test_a_changed_field_reaches_the_source():
 def test_what_a_gemma_config_cannot_say():
     with pytest.raises(ValueError, match="use_post_attn_norm and use_post_ffw_norm differ"):
         _ = official(use_post_ffw_norm=True).gemma
-    with pytest.raises(ValueError, match="local_scale_factor 2.0"):
+    with pytest.raises(ValueError, match=r"local_scale_factor 2\.0"):
         _ = official(local_scale_factor=2.0).gemma
 
 

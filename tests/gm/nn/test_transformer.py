@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nn_helpers import CONFIGS, TINY, WINDOW, compiled, ids, tiny
+from nn_helpers import CONFIGS, QUICK, TINY, WINDOW, compiled, ids, tiny
 
 from gemma import gm
 from gemma.gm.nn import _layers
@@ -31,22 +32,6 @@ def paths(tree) -> dict[str, tuple]:
 # ---- parameter trees ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "leaves", "parameters"),
-    [
-        ("Gemma2_2B", 236, 2_614_636_800),
-        ("Gemma2_9B", None, 9_242_164_736),
-        ("Gemma2_27B", None, 27_227_718_144),
-        ("Gemma3_270M", 200, 268_098_176),
-        ("Gemma3_1B", 288, 999_885_952),
-    ],
-)
-def test_official_counts(name, leaves, parameters):
-    tree = paths(shapes(getattr(gm.nn, name)()))
-    assert sum(int(np.prod(shape)) for shape in tree.values()) == parameters
-    assert leaves in (None, len(tree))
-
-
 def test_tree_of_gemma3_270m():
     tree = paths(shapes(gm.nn.Gemma3_270M()))
     layer = {
@@ -63,6 +48,8 @@ def test_tree_of_gemma3_270m():
         "post_ffw_norm/scale": (640,),
     }
     expected = {f"layer_{i}/{name}": shape for i in range(18) for name, shape in layer.items()}
+    assert len(tree) == 200
+    assert sum(int(np.prod(shape)) for shape in tree.values()) == 268_098_176
     assert tree == expected | {"embedder/input_embedding": (262_144, 640), "final_norm/scale": (640,)}
 
 
@@ -71,6 +58,8 @@ def test_trees_that_differ():
     assert seven["layer_0/attn/qkv_einsum/w"] == (3, 16, 3072, 256)
     assert not any("/q_einsum/" in name or "/kv_einsum/" in name or "post_" in name for name in seven)
     two = paths(shapes(gm.nn.Gemma2_2B()))
+    assert len(two) == 236
+    assert sum(int(np.prod(shape)) for shape in two.values()) == 2_614_636_800
     assert two["layer_0/mlp/gating_einsum"] == (2, 2304, 9216)
     assert two["embedder/input_embedding"] == (256_128, 2304)
 
@@ -79,8 +68,8 @@ def test_dtype_of_new_parameters():
     def dtypes(model):
         return {leaf.dtype.name for leaf in jax.tree.leaves(shapes(model))}
 
-    assert dtypes(gm.nn.Gemma3_270M()) == {"bfloat16"}
-    assert dtypes(gm.nn.Gemma3_270M(dtype=jnp.float32)) == {"float32"}
+    assert dtypes(gm.nn.Transformer.from_config(CONFIGS["gemma3"])) == {"bfloat16"}
+    assert dtypes(gm.nn.Transformer.from_config(CONFIGS["gemma3"], dtype=jnp.float32)) == {"float32"}
 
 
 # ---- models as values -----------------------------------------------------------------------------------------------
@@ -136,21 +125,21 @@ def test_a_model_is_transformer_like():
 # ---- batch dimensions -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-def test_batch_dimensions(batch):
-    run, tokens, rows = compiled("gemma3"), ids(*batch, 5), int(np.prod(batch))
+def test_batch_dimensions():
+    run, tokens = compiled("gemma3"), ids(2, 3, 5)
     out = run(tokens, return_hidden_states=True)
-    assert out.logits.shape == (*batch, 5, 50)
-    assert out.hidden_states.shape == (*batch, 5, 24)
+    assert out.logits.shape == (2, 3, 5, 50)
+    assert out.hidden_states.shape == (2, 3, 5, 24)
     assert out.cache is None
-    flat = run(tokens.reshape(-1, 5), return_hidden_states=True)
-    np.testing.assert_allclose(np.asarray(out.logits).reshape(-1, 5, 50), flat.logits, **SAME)
+    flat = run(tokens.reshape(6, 5))
+    assert flat.hidden_states is None
+    np.testing.assert_allclose(np.asarray(out.logits).reshape(6, 5, 50), flat.logits, **SAME)
 
     positions = np.broadcast_to(np.arange(5, dtype=np.int32), tokens.shape)
-    mask = np.broadcast_to(np.tril(np.ones((5, 8), bool)), (*batch, 5, 8))
-    cache = tiny("gemma3")[0].init_cache(batch_size=rows, dtype=jnp.float32, cache_length=8)
+    mask = np.broadcast_to(np.tril(np.ones((5, 8), bool)), (2, 3, 5, 8))
+    cache = tiny("gemma3")[0].init_cache(batch_size=6, dtype=jnp.float32, cache_length=8)
     cached = run(tokens, positions=positions, attention_mask=mask, cache=cache)
-    assert cached.cache["layer_0"]["k"].shape[0] == rows  # a cache has one batch dimension
+    assert cached.cache["layer_0"]["k"].shape[0] == 6  # a cache has one batch dimension
     np.testing.assert_allclose(cached.logits, out.logits, **SAME)
 
 
@@ -183,7 +172,10 @@ def test_last_only_is_said_once():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (gm.nn.Gemma3_270M, r"The model 'Gemma3_270M' does not have vision encoder, yet images are provided\."),
+        (
+            lambda: gm.nn.Transformer.from_config(CONFIGS["gemma3"]),
+            r"The model 'Transformer' does not have vision encoder, yet images are provided\.",
+        ),
         (
             lambda: gm.nn.Gemma3_4B(text_only=True),
             r"'Gemma3_4B' does not have vision encoder, .* The model was created with `text_only=True`\.",
@@ -229,7 +221,7 @@ def test_an_untied_head_is_refused():
 def test_a_bidirectional_model_sees_the_future_and_takes_no_cache():
     config = dataclasses.replace(CONFIGS["gemma3"], use_bidirectional_attention=True)
     model, (_, variables) = gm.nn.Transformer.from_config(config), tiny("gemma3")
-    run = jax.jit(lambda tokens: model.apply(variables, tokens).logits)
+    run = jax.jit(lambda tokens: model.apply(variables, tokens).logits, compiler_options=QUICK)
     tokens = ids(1, 9)
     moved = []
     for changed in range(9):
@@ -277,7 +269,7 @@ def test_gradients_are_finite_with_padding():
     tokens = ids(2, 3 * WINDOW)
     tokens[1, 1:] = 0  # the padding reaches far beyond the window
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def grads(variables):
         def loss(variables):
             logits = model.apply(variables, tokens).logits

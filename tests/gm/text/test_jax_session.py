@@ -103,26 +103,15 @@ def test_leaving_early_and_going_on(loaded):
     assert list(session.append([70], greedy(3))) == naive(loaded, [*PROMPT, *made, 70], 3)
 
 
-def test_the_cache_grows(make):
-    loaded = make("gemma2", num_hidden_layers=2, max_position_embeddings=2048)
-    ids = [2, *(40 + i % 50 for i in range(500))]
-    session = text.Session(loaded, context=10)
-    first = list(session.append(ids, greedy(3)))
-    capacity = session._engine.capacity
-    second = list(session.append(ids[1:], greedy(5)))
-    assert capacity == 512 and session._engine.capacity == 1024
-    transcript = ids + first + ids[1:]
-    assert second == naive(loaded, transcript, 5)
-
-
-def test_a_growing_ring(make):
+def test_a_growing_cache_and_ring(make):
     loaded = make("gemma2", num_hidden_layers=2, sliding_window=40, max_position_embeddings=2048)
     cuts, choice = _generate.picking(greedy(1), loaded, ())
     engine = _engine.Engine(loaded.model, loaded.params, 1, cache_length=16)  # shorter than the window
+    assert engine.capacity == 16
     for turn in (PROMPT, [2, *range(60, 100)]):
         engine.start([turn], cuts, choice, reserve=2, key=jax.random.key(0), u=np.zeros(1, np.float32))
-        expected = naive(loaded, engine.ids[0][:-1], 1)
-        assert engine.ids[0][-1:] == expected
+        assert engine.ids[0][-1:] == naive(loaded, engine.ids[0][:-1], 1)
+    assert engine.capacity == 512
 
 
 def test_the_limit_of_the_model(loaded):
@@ -222,8 +211,8 @@ def test_bfloat16_runs(loaded):
     model = type(loaded.model).from_config(loaded.config, dtype=jnp.bfloat16)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loaded.params)
     half = dataclasses.replace(loaded, model=model, params=params)
-    made = list(text.generate_ids(half, PROMPT, greedy(6)))
-    assert made == list(text.generate_ids(half, PROMPT, greedy(6), chunk=7)) and len(made) == 6
+    made = list(text.generate_ids(half, PROMPT, greedy(6), chunk=7))
+    assert len(made) == 6 and all(0 < token < loaded.tokenizer.vocab_size for token in made)
 
 
 def test_a_fork_leaves_the_original_alone(loaded):
