@@ -42,6 +42,8 @@ test: $(VENV)/.test check
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/gen_docs.py --check
+	$(BIN)/python scripts/gen_cli_docs.py --check
 
 docs: $(VENV)/.test
 	$(BIN)/python scripts/gen_docs.py
@@ -53,7 +55,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_generate.py
 
 fuzz: $(VENV)/.test
-	$(BIN)/python scripts/fuzz.py --inputs 100000
+	$(BIN)/python scripts/fuzz.py all --count 100000
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

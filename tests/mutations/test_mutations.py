@@ -2,9 +2,10 @@
 """A parity check must be seen to fail: every named defect below moves the logits past the tolerance of test_hf.py.
 
 The defects are data. `CONFIG` changes a fact of the configuration, `WEIGHTS` the parameters as a wrong converter would,
-`CODE` replaces a function of our modules, `CALL` passes wrong masks or positions. Each is compared with the same oracle
-forward that the sound model agrees with. Other weights run through one compilation; what changes the program runs op by
-op (`jax.disable_jit`): no compiled trace outlives a defect, and forty programs need no forty compilations.
+`CODE` replaces a function of our modules, `CALL` passes wrong masks or positions, `CACHE` breaks what one step leaves to
+the next. Each is compared with the same oracle forward that the sound model agrees with. Other weights run through one
+compilation; what changes the program runs op by op (`jax.disable_jit`): no compiled trace outlives a defect, and fifty
+programs need no fifty compilations.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from parity_harness import BASES, TOLERANCE, gap, nest, pair, ragged
+from test_hf import Cached, allowance
 
 from gemma import gm
+from gemma.gm.nn import _cache, _modules, _plan, _transformer
 
 IDS = ragged((19,))[0]  # [1, 19]: almost four windows long
 
@@ -268,3 +271,125 @@ def test_a_common_offset_of_positions_is_no_defect(base):
     causal = jnp.asarray(np.tril(np.ones((1, T, T), bool)))
     shifted = jnp.asarray(STEPS[None] + 100, jnp.int32)
     assert distance(base, positions=shifted, attention_mask=causal) < TOLERANCE
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+# Two prefill chunks, then single tokens. `PADDED` has padding on both sides and in the middle of what is fed; its rows
+# hold 9, 18 and 14 tokens, up to almost four windows. `WHOLE` is the row without padding.
+SIZES = (9, 7, 1, 1)
+PADDED = np.random.default_rng(11).integers(3, 290, (3, sum(SIZES)))
+PADDED[0, :5] = PADDED[0, 12:16] = PADDED[2, 7:9] = PADDED[2, 9:11] = 0
+WHOLE = PADDED[1:2]
+
+
+class Eager:
+    """What `Cached` uses of a pair, run op by op."""
+
+    def __init__(self, its):
+        self.model, self.params, self.config = its.model, its.params, its.config
+
+    def apply(self, params, tokens, **call):
+        with jax.disable_jit():
+            return self.model.apply({"params": params}, tokens, **call)
+
+
+def cached_distance(layout: str) -> float:
+    """max |ours - the oracle's| over all real tokens, fed in chunks.
+
+    Layouts: `ring`; `full`, whose masks and positions the caller gives; `derived`: full, and the model derives both.
+    """
+    its, tokens = pair("gemma3"), WHOLE if layout == "derived" else PADDED
+    run = Cached(Eager(its), len(tokens), windowed=layout == "ring")
+    run.windowed = layout != "full"  # from here on: whether masks and positions are left to the model
+    ours = np.concatenate([run.feed(chunk) for chunk in np.split(tokens, np.cumsum(SIZES)[:-1], axis=1)], axis=1)
+    return max(gap(got[row != 0], its.expected(row[row != 0])) for got, row in zip(ours, tokens))
+
+
+@functools.cache
+def cached_tolerance() -> float:
+    return allowance(pair("gemma3"), WHOLE[0], sum(SIZES[:2]))
+
+
+def replace(module, name: str, make):
+    """A defect that replaces what `module` calls `name` by `make(original)`."""
+    return lambda monkeypatch: monkeypatch.setattr(module, name, make(getattr(module, name)))
+
+
+def not_advanced(plan_write):
+    return lambda cache, *args, **kwargs: plan_write(cache, *args, **kwargs).replace(end_index=cache["end_index"])
+
+
+def written_first(plan_write):
+    def defect(*args, **kwargs):
+        write = plan_write(*args, **kwargs)
+        return write.replace(read_first=False) if isinstance(write, _cache.ChunkWrite) else write
+
+    return defect
+
+
+def padding_counts(plan_write):
+    return lambda cache, pos, valid, **kwargs: plan_write(cache, pos, jnp.ones_like(valid), **kwargs)
+
+
+@dataclasses.dataclass
+class StoresUnrotated:
+    """A write that shows the chunk's keys to its queries as they should be, and stores them without their rotation."""
+
+    plan: _plan.LayerPlan
+
+    def store(self, cache, k, v):
+        seen_k, seen_v, _ = self.plan.write.store(cache, k, v)
+        plain = _modules.rotate(k, -self.plan.sin, self.plan.cos)
+        return seen_k, seen_v, self.plan.write.store(cache, plain, v)[2]
+
+
+def before_rope(plan_layer):
+    def defect(*args, **kwargs):
+        plan = plan_layer(*args, **kwargs)
+        return plan.replace(write=StoresUnrotated(plan))
+
+    return defect
+
+
+def window_in_slots(mask):
+    return lambda queries, keys, window, **k: mask(queries, jnp.arange(keys.shape[1])[None, :], window, **k)
+
+
+def earlier_slots_hidden(mask):
+    return lambda start, valid, slots: mask(start, valid, slots) & (jnp.arange(slots) >= start)[None, None, :]
+
+
+CACHE = {
+    "ring index off by one": (
+        "ring",
+        replace(_cache, "newest_number", lambda f: lambda count, slots: jnp.roll(f(count, slots), 1, axis=1)),
+    ),
+    "ring's end_index not advanced": ("ring", replace(_cache, "plan_ring_write", not_advanced)),
+    "full layout's end_index not advanced": ("full", replace(_cache, "plan_block_write", not_advanced)),
+    "padding stored as if it were tokens": ("ring", replace(_cache, "plan_ring_write", padding_counts)),
+    "ring written before it is read": ("ring", replace(_cache, "plan_ring_write", written_first)),
+    "positions restart with every chunk": (
+        "ring",
+        replace(
+            _transformer,
+            "_positions",
+            lambda f: lambda valid, cache: _transformer._pos_utils.build_positions_from_mask(valid),
+        ),
+    ),
+    "keys stored before their rotation": ("ring", replace(_plan, "plan_layer", before_rope)),
+    "window counted in slots": ("full", replace(_plan, "window_mask", window_in_slots)),
+    "earlier slots hidden": ("derived", replace(_plan, "_block_mask", earlier_slots_hidden)),
+}
+
+
+@pytest.mark.parametrize("layout", ["ring", "full", "derived"])
+def test_the_sound_cache_agrees(layout):
+    assert cached_distance(layout) < cached_tolerance()
+
+
+@pytest.mark.parametrize("name", CACHE)
+def test_cache_defect(name, monkeypatch):
+    layout, apply = CACHE[name]
+    apply(monkeypatch)
+    assert cached_distance(layout) > cached_tolerance()
