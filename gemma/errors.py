@@ -114,8 +114,9 @@ class ContextFull(GemmaError, ValueError):
 
     def __init__(self, used: int, limit: int, what: str = "the prompt and its continuation"):
         self.used, self.limit, self.what = used, limit, what
+        verb = "need" if " and " in what else "needs"
         super().__init__(
-            f"{what} needs {used} tokens, but the context holds {limit}: shorten the prompt, lower the number of "
+            f"{what} {verb} {used} tokens, but the context holds {limit}: shorten the prompt, lower the number of "
             f"new tokens, or raise the context length (up to the model's own limit)."
         )
 

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory arithmetic: what a model needs at a context length, and what this machine has. No model is opened or run.
 
-Weights and cache are exact (sliding windows included: a local layer never holds more than its window). Activations are
-an upper estimate of the prefill's working memory, by the formula in `_activations`. Python and a framework come on top:
-about 0.3 GB with JAX on a CPU. `gemma fit` and `gemma inspect` print these numbers; reading a checkpoint's own sizes is
-`checkpoint.py`'s.
+Weights are counted tensor by tensor: in a float type, what `generate` loads (the text model, with the rows by which the
+JAX package pads its table); in a packed type, what a GGUF file of it stores. Keys and values are counted as allocated,
+sliding windows included: a local layer never holds more than its window. Activations are an upper estimate of the
+prefill's working memory, by the formula in `_activations`. Python and a framework come on top: about 0.3 GB with JAX on
+a CPU. The prompt's chunks and the rounding of the cache's length are stated here, and the engine takes them from here.
+`gemma fit` and `gemma inspect` print these numbers; reading a checkpoint's own sizes is `checkpoint.py`'s.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from gemma import config as configs
+from gemma import weights
 from gemma.config import GemmaConfig, PaliGemmaConfig, T5GemmaConfig
 from gemma.errors import ConfigError
 from gemma.quants import QuantType
@@ -22,7 +27,11 @@ from gemma.quants import QuantType
 AnyConfig = GemmaConfig | PaliGemmaConfig | T5GemmaConfig
 
 DTYPES = {"float32": QuantType.F32, "bfloat16": QuantType.BF16, "float16": QuantType.F16}
-PREFILL_CHUNK = 512  # tokens of a prompt that are computed at a time
+PREFILL_BUCKETS = (16, 64, 256, 512, 1024)  # a prompt is computed in chunks, padded to one of these
+PREFILL_CHUNK = PREFILL_BUCKETS[-1]  # most tokens of a prompt that are computed at a time
+_SMALLEST_CACHE = 512
+# What llama.cpp stores instead where a row is not whole blocks of 256; and F16 where it is not blocks of 32 either.
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -68,8 +77,9 @@ def estimate(
     Args:
       config: the model's configuration; presets are `gemma.config.preset(name)`.
       context: tokens per sequence, 1..max_position_embeddings. An encoder's input counts as long.
-      weight_bytes: the size of the weights in bytes; or how they are stored: a QuantType, its name ("Q4_K"), or
-        "float32", "bfloat16", "float16". None: bfloat16.
+      weight_bytes: the size of the weights in bytes; or how they are held: a QuantType, its name ("Q4_K"), or
+        "float32", "bfloat16", "float16". None: bfloat16. A packed type is for a backend that computes on packed
+        weights; the JAX one unpacks them.
       cache_bytes_per_value: of one K or V value: 4 in float32, 2 in bfloat16.
       batch: sequences held at once.
 
@@ -86,16 +96,45 @@ def estimate(
         raise ConfigError(f"batch: expected at least 1 sequence, got {batch}")
     if not isinstance(weight_bytes, int):
         weight_bytes = stored_bytes(config, weight_bytes or "bfloat16")
-    cache = 0 if text.use_bidirectional_attention else text.cache_bytes(context, cache_bytes_per_value)
+    length = cache_bucket(context, text.max_position_embeddings)
+    cache = 0 if text.use_bidirectional_attention else text.cache_bytes(length, cache_bytes_per_value)
     if isinstance(config, T5GemmaConfig):  # cross-attention: every decoder layer keeps the encoder's K and V
-        cache += sum(2 * s.num_kv_heads * s.head_dim for s in text.layers) * context * cache_bytes_per_value
+        cache += sum(2 * s.num_kv_heads * s.head_dim for s in text.layers) * length * cache_bytes_per_value
     return Estimate(weight_bytes, cache * batch, _activations(text, context) * batch)
 
 
 def stored_bytes(config: AnyConfig, kind: str | QuantType) -> int:
-    """Bytes of all parameters in one type. Norms, under 0.1 % of a model, are counted like the matrices."""
-    kind = quant_type(kind)
-    return -(-config.num_parameters * kind.block_bytes // kind.block_size)
+    """Bytes of the text model's parameters, or of the whole model where it is no plain Gemma, tensor by tensor.
+
+    A float type: as the JAX package holds them, its padded table included. A packed type: as a GGUF file stores them,
+    every matrix in that type or in llama.cpp's substitute for rows that are not whole blocks, and norms in float32.
+    """
+    kind, config = quant_type(kind), loaded(config)
+    if kind.is_float:
+        padding = (config.table_rows - config.vocab_size) * config.hidden_size if isinstance(config, GemmaConfig) else 0
+        return (config.num_parameters + max(padding, 0)) * kind.block_bytes
+    return sum(_packed_bytes(tensor.shape, kind) for tensor in weights.tensors(config))
+
+
+def loaded(config: AnyConfig) -> AnyConfig:
+    """The part of a model that `generate` loads: a vision tower of Gemma 3 stays in the file."""
+    return configs.text_only(config) if isinstance(config, GemmaConfig) else config
+
+
+def cache_bucket(tokens: int, limit: int) -> int:
+    """The length of a cache for `tokens`: a power of two, so that few programs are compiled; at most `limit`."""
+    return min(max(1 << (tokens - 1).bit_length(), _SMALLEST_CACHE), limit)
+
+
+def _packed_bytes(shape: tuple[int, ...], kind: QuantType) -> int:
+    if len(shape) < 2:
+        return 4 * math.prod(shape)
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    if columns % kind.block_size:
+        kind = QuantType[_FALLBACK.get(kind.name, "F16")]
+        kind = QuantType.F16 if columns % kind.block_size else kind
+    scales = 0 if not kind.has_scale else 4 if kind is QuantType.SFP8 else 4 * rows
+    return rows * kind.row_bytes(columns) + scales
 
 
 def quant_type(name: str | QuantType) -> QuantType:
@@ -158,14 +197,16 @@ def format_bytes(count: int) -> str:
 def _activations(text: GemmaConfig, context: int) -> int:
     """Bytes of working memory of one sequence, in float32, at its largest: the last chunk of a full context's prompt.
 
-    Residual stream and its norms, queries, keys, values, attention output and the MLP's three tensors for a chunk; the
-    scores of one layer before and after the softmax, chunk by context; logits and probabilities of one token.
+    Residual stream and its norms, queries, keys, values, attention output and the MLP's three tensors for a chunk, which
+    is padded; the scores of one layer before and after the softmax, chunk by what the cache has room for and the chunk
+    itself; logits and probabilities of one token.
     """
-    chunk = min(context, PREFILL_CHUNK)
+    chunk = next(size for size in PREFILL_BUCKETS if size >= min(context, PREFILL_CHUNK))
+    length = cache_bucket(context, text.max_position_embeddings)
     layer = text.layers[0]
     heads = (2 * layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
     rows = chunk * (4 * text.hidden_size + heads + 3 * layer.mlp_size)
-    keys = max(min(context, s.cache_length(context) + chunk) for s in text.layers)
+    keys = max(s.cache_length(length) for s in text.layers) + chunk
     return 4 * (rows + 2 * layer.num_heads * chunk * keys + 2 * text.vocab_size)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma.errors import PromptError, SamplingError
+from gemma.errors import ConfigError, PromptError, SamplingError
 
 if TYPE_CHECKING:
     from gemma.sampling import SamplingParams
@@ -78,6 +78,23 @@ def sampling(stop: Sequence[str] = (), **flags) -> SamplingParams:
         field, colon, rest = str(error).partition(":")
         flag = "--" + field.replace("_", "-")
         raise SamplingError(flag + colon + rest.replace(", or None", "").replace(" or None", "")) from error
+
+
+def context_flag(text: str | None) -> int | None:
+    """The tokens of --context; None where it was not given."""
+    from gemma.fit import parse_context
+
+    try:
+        return None if text is None else parse_context(text)
+    except ConfigError as error:
+        raise ConfigError(f"--context: {error}") from error
+
+
+def context_within(asked: int | None, most: int, default: int) -> int:
+    """What --context asks for, which must not be more than the model holds; or the default, as far as it fits."""
+    if asked is not None and not 1 <= asked <= most:
+        raise ConfigError(f"--context: expected 1..{most} tokens, the length this model was made for, got {asked}")
+    return min(default, most) if asked is None else asked
 
 
 def seeded(params: SamplingParams) -> SamplingParams:

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from gemma.cli._common import context_within
 from gemma.errors import GemmaError
 
 if TYPE_CHECKING:
@@ -87,9 +89,10 @@ class Generation:
 
 def context_limit(opened: Opened, asked: int | None) -> int:
     """Tokens that may be held: what --context says, or what the model was made for."""
-    from gemma.errors import ConfigError
-
     most = opened.config.max_position_embeddings
-    if asked is not None and not 1 <= asked <= most:
-        raise ConfigError(f"--context: expected 1..{most} tokens, the length this model was made for, got {asked}")
-    return most if asked is None else asked
+    return context_within(asked, most, most)
+
+
+def beginning(pieces: Iterator[str]) -> str:
+    """The first two pieces. The second needs the first decoding step, which may have to be compiled: wait for both."""
+    return "".join(itertools.islice(pieces, 2))

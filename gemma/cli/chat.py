@@ -17,7 +17,7 @@ import typer
 
 from gemma.cli import _backend, _common
 from gemma.cli._conversation import Conversation
-from gemma.cli._generation import context_limit
+from gemma.cli._generation import beginning, context_limit
 from gemma.cli._progress import waiting
 from gemma.errors import ContextFull, GemmaError, PromptError
 
@@ -27,7 +27,8 @@ Talk with a model over several turns.
 An instruction-tuned model is spoken to in its chat template. A pretrained (base) model, such as demo, knows no
 template: the conversation is wrapped in a text that shows a few turns, and chat says so. What you type is plain
 text: special tokens spelled out in it stay letters. Answers are drawn at random, with the settings recommended for
-Gemma 3, unless --temperature 0 is given. In a pipe every line is one turn, and only the answers are written.
+Gemma 3, unless --temperature 0 is given. In a pipe every line is one turn, and only the answers are written;
+a line that begins with a slash but with none of the commands is a turn as well.
 
 \b
 Commands in the conversation: /reset, /save FILE, /help, /exit.
@@ -45,6 +46,7 @@ _HELP = """\
 /exit        leave (so does Ctrl-D); Ctrl-C stops an answer
 A message that begins with a slash: type the slash twice.
 """
+_COMMANDS = ("/reset", "/save", "/help", "/exit")
 _CONTEXT = 4096  # tokens of a conversation, where the model allows as many
 
 
@@ -71,13 +73,11 @@ def command(
     backend: _common.BackendName = "jax",
 ) -> None:
     """Runs the verb; `HELP` is what --help says."""
-    from gemma import fit
-
     flags = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=max_new_tokens)
     params = _common.seeded(_common.sampling(repetition_penalty=repetition_penalty, seed=seed, **flags))
     if kind not in ("auto", "tuned", "base"):
         raise PromptError(f"--as: expected auto, tuned or base, got {kind!r}")
-    asked = None if context is None else fit.parse_context(context)
+    asked = _common.context_flag(context)
     opened = _backend.open_model(model, backend=backend, dtype=dtype)
     length = context_limit(opened, asked) if asked else min(_CONTEXT, context_limit(opened, None))
     base = kind == "base" or (kind == "auto" and not _backend.is_tuned(opened.path))
@@ -134,6 +134,9 @@ def _obey(conversation: Conversation, line: str) -> bool:
         _answer(conversation, line[1:] if line.startswith("//") else line)
         return True
     word, _, argument = line.strip().partition(" ")
+    if word not in _COMMANDS and not _common.is_terminal(sys.stdin):  # a path, say: nobody is there to type it again
+        _answer(conversation, line)
+        return True
     if word == "/exit":
         return False
     if word == "/reset":
@@ -152,7 +155,7 @@ def _answer(conversation: Conversation, text: str) -> None:
     try:
         pieces = conversation.ask(text)
         with waiting("reading"):
-            first = next(pieces, "")
+            first = beginning(pieces)
     except ContextFull as error:
         raise PromptError(
             f"the conversation is full: {error.used} tokens of {error.limit}; /reset begins a new one, "

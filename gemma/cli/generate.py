@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma.cli import _backend, _common
-from gemma.cli._generation import Generation, context_limit
+from gemma.cli._generation import Generation, beginning, context_limit
 from gemma.cli._progress import waiting
 from gemma.errors import ContextFull, PromptError
 
@@ -82,7 +82,7 @@ def command(
     backend: _common.BackendName = "jax",
 ) -> None:
     """Runs the verb; `HELP` is what --help says."""
-    from gemma import chat, fit
+    from gemma import chat
 
     flags = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     count = {} if max_new_tokens is None else dict(max_new_tokens=max_new_tokens)
@@ -92,17 +92,21 @@ def command(
         raise PromptError(
             'the prompt is empty: give the beginning of a text, for example "The history of computing began"'
         )
-    asked = None if context is None else fit.parse_context(context)
+    asked = _common.context_flag(context)
     begin = time.perf_counter()
     opened = _backend.open_model(model, backend=backend, dtype=dtype)
     ids = opened.tokenizer.encode(text, add_bos=True)
+    if (pad := opened.tokenizer.special.pad) in ids:
+        raise PromptError(
+            f"the prompt spells {opened.tokenizer.piece(pad)}, the padding, which no model reads: take it out"
+        )
     params = _fitted(params, len(ids), context_limit(opened, asked), exact=max_new_tokens is not None)
     opened.model.begin(asked or len(ids) + params.max_new_tokens)
     load_seconds = time.perf_counter() - begin
     generation = Generation(opened, ids, params, chat.end_token_ids(opened.tokenizer, opened.config))
     pieces = iter(generation)
     with waiting("reading the prompt"):
-        first = next(pieces, "")
+        first = beginning(pieces)
     if as_json:
         result = _result(opened, text, ids, first + "".join(pieces), generation, params, load_seconds)
         _common.write(json.dumps(result, ensure_ascii=False) + "\n")

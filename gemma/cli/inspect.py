@@ -15,12 +15,13 @@ from typing import Annotated, Any
 import typer
 
 from gemma.cli import _common
+from gemma.cli._progress import waiting
 
 HELP = """\
 Show what a checkpoint is and holds.
 
-That is its format, configuration, types and sizes of tensors, tokenizer, and the memory it needs at a context
-length.
+That is its format, configuration, types and sizes of tensors, tokenizer, and the memory that generate and chat
+need at a context length. They compute in float32, bfloat16 or float16, and packed weights are unpacked when read.
 
 \b
 Examples:
@@ -36,16 +37,25 @@ def command(
         str, typer.Argument(metavar="FILE", help="A .gguf or .safetensors file, a Hugging Face folder, or demo.")
     ],
     context: Annotated[
-        str, typer.Option("--context", "-c", metavar="N", help="Tokens for the memory estimate: 4096, 32k.")
-    ] = "4096",
+        str | None,
+        typer.Option(
+            "--context",
+            "-c",
+            metavar="N",
+            help="Tokens for the memory estimate: 4096, 32k.  [default: 4096]",
+            show_default=False,
+        ),
+    ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: _common.Json = False,
 ) -> None:
     """Runs the verb; `HELP` is what --help says."""
-    from gemma import checkpoint, fit, hub
+    from gemma import checkpoint, hub
 
-    tokens = fit.parse_context(context)
-    with checkpoint.open_checkpoint(hub.resolve(file)) as opened:
+    tokens = _common.context_flag(context)
+    with waiting(f"reading {file}"):
+        path = hub.resolve(file)
+    with checkpoint.open_checkpoint(path) as opened:
         report = _report(opened, tokens)
     if as_json:
         _common.write(json.dumps(report, default=str) + "\n")
@@ -55,7 +65,7 @@ def command(
         _common.write("\ntensors\n" + _tensor_table(report["tensors"]))
 
 
-def _report(opened, tokens: int) -> dict[str, Any]:
+def _report(opened, asked: int | None) -> dict[str, Any]:
     """Everything that is shown, as plain data: what --json prints."""
     from gemma import fit
 
@@ -66,8 +76,8 @@ def _report(opened, tokens: int) -> dict[str, Any]:
         row = by_type.setdefault(info.dtype, [0, 0, 0])
         row[0], row[1], row[2] = row[0] + 1, row[1] + math.prod(info.shape), row[2] + info.nbytes
     stored = sum(info.nbytes for info in infos)
-    tokens = min(tokens, fit.decoder(config).max_position_embeddings)
-    choices = [("as stored", stored, 2), ("bfloat16", "bfloat16", 2), ("float32", "float32", 4)]
+    tokens = _common.context_within(asked, fit.decoder(config).max_position_embeddings, 4096)
+    choices = [("bfloat16", "bfloat16", 2), ("float32", "float32", 4)]
     memory = {
         name: fit.estimate(config, tokens, weight_bytes=weights, cache_bytes_per_value=size)
         for name, weights, size in choices
@@ -142,6 +152,7 @@ def _print(report: dict[str, Any]) -> None:
     memory = dict(report["memory"])
     rows = [("weights", "weights", "cache", "activations", "total")]
     _common.write(f"\nmemory for {memory.pop('context'):,} tokens\n")
+    rows.append(("file as stored", size(report["bytes"]), "-", "-", "-"))
     for name, e in memory.items():
         rows.append((name, *(size(e[part]) for part in ("weights", "cache", "activations", "total"))))
     _common.write(_common.columns(rows, right=[1, 2, 3, 4]))

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from gemma.cli import _common
+from gemma.cli._progress import waiting
 
 HELP = """\
 Show the tokens of a text, one per line: id and name.
@@ -44,7 +45,8 @@ def command(
     from gemma.tokenizer import Tokenizer
 
     content = _common.read_text(text, prompt_file, "text")
-    tokenizer = Tokenizer.from_file(hub.resolve(model))
+    with waiting(f"reading {model}"):
+        tokenizer = Tokenizer.from_file(hub.resolve(model))
     ids = tokenizer.encode(content, add_bos=bos, parse_special=special)
     named = [(i, tokenizer.piece(i), tokenizer.is_special(i)) for i in ids]
     if as_json:

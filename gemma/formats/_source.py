@@ -40,7 +40,7 @@ class Source:
         try:
             status = os.fstat(self._fd)
             if not stat.S_ISREG(status.st_mode):
-                raise FormatError(self.path, None, "expected a regular file, got a directory, pipe or device")
+                raise FormatError(self.path, None, f"expected a regular file, got {_kind(status.st_mode)}")
             self.size = status.st_size
             if mmap and self.size:
                 self._map = _mmap.mmap(self._fd, self.size, access=_mmap.ACCESS_READ)
@@ -111,3 +111,12 @@ class Source:
             raise FormatError(
                 self.path, size, f"the file ends here; it had {self.size} bytes when opened: do not truncate it in use"
             )
+
+
+def _kind(mode: int) -> str:
+    """What is not a regular file, in words."""
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"

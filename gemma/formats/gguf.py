@@ -23,7 +23,7 @@ from gemma.quants import QuantType
 MAX_PAIRS = 65_536  # metadata pairs
 MAX_TENSORS = 32_768
 MAX_TEXT = 1 << 24  # bytes of all strings together: three times those of the largest vocabulary
-MAX_STRINGS = 1 << 20  # strings in all arrays together: four times the largest vocabulary
+MAX_STRINGS = 1 << 19  # strings in all arrays together: twice the largest vocabulary, 56 MB once decoded
 MAX_KEY, MAX_TENSOR_NAME, MAX_DIMS = 65_535, 64, 4
 MAX_ALIGNMENT = 65_536
 

@@ -31,7 +31,7 @@ def test_inspect_gguf(cli, gguf):
     assert cells["layer_pattern"] == ["LLLLLG"] and cells["hidden_size"] == ["72"]
     assert cells["F32"] == ["93", f"{config.num_parameters:,}", fit.format_bytes(4 * config.num_parameters), "32.00"]
     assert "memory for 100 tokens" in result.out
-    assert cells["float32"][1] == fit.format_bytes(config.cache_bytes(100, 4))
+    assert cells["float32"][1] == fit.format_bytes(config.cache_bytes(128, 4))  # the model's limit is allocated
     assert "blk.0" not in result.out
 
 
@@ -52,12 +52,17 @@ def test_inspect_json_of_a_folder(cli, tmp_path, family):
     assert data["bytes"] == 4 * config.num_parameters == data["types"]["F32"]["bytes"]
     assert data["config"]["class"] == "GemmaConfig" and data["config"]["head_dim"] == 24
     assert data["memory"]["context"] == 64
-    assert data["memory"]["bfloat16"]["cache"] == config.cache_bytes(64, 2)
+    assert data["memory"]["bfloat16"]["cache"] == config.cache_bytes(128, 2)
+    assert set(data["memory"]) == {"context", "bfloat16", "float32"}
     assert {t["name"]: t["shape"] for t in data["tensors"]}["model.layers.0.self_attn.q_proj.weight"] == [96, 72]
 
 
 def test_inspect_never_asks_for_more_context_than_the_model_has(cli, gguf):
-    assert "memory for 128 tokens" in cli("inspect", gguf, "--context", "1000k").out
+    assert "memory for 128 tokens" in cli("inspect", gguf).out
+    for verb in ("inspect", "fit"):
+        result = cli(verb, gguf, "--context", "1000k")
+        assert result.code == 2 and result.out == ""
+        assert "--context: expected 1..128 tokens, the length this model was made for, got 1024000" in result.err
 
 
 @pytest.mark.real
@@ -82,12 +87,10 @@ def test_fit_says_yes_and_no(cli):
     assert short.err == ""
 
 
-@pytest.mark.parametrize(
-    "flags", [["--dtype", "bfloat16"], ["--quant", "q4_k"], ["--batch", "3"], ["--context", "32k"]]
-)
+@pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--batch", "3"], ["--context", "32k"]])
 def test_fit_json(cli, flags):
     data = json.loads(cli("fit", "Gemma-3-1B", "--json", "--memory", "16GB", *flags).out)
-    asked = {"bfloat16": "BF16", "q4_k": "Q4_K"}.get(flags[1], "F32")
+    asked = {"bfloat16": "BF16"}.get(flags[1], "F32")
     batch, context = (3 if flags[0] == "--batch" else 1), (32_768 if flags[0] == "--context" else 4096)
     expected = fit.estimate(
         preset("gemma3_1b"), context, weight_bytes=asked, cache_bytes_per_value=4 if asked == "F32" else 2, batch=batch
@@ -103,9 +106,35 @@ def test_fit_json(cli, flags):
 
 
 def test_fit_marks_the_row_that_decides(cli):
-    lines = cli("fit", "gemma2_2b", "--memory", "6GB", "--quant", "Q8_0").out.splitlines()
-    [marked] = [line for line in lines if line.startswith(">")]
-    assert "Q8_0" in marked and marked.endswith("yes")
+    result = cli("fit", "gemma2_2b", "--memory", "7GB", "--dtype", "bfloat16")
+    [marked] = [line for line in result.out.splitlines() if line.startswith(">")]
+    assert result.code == 0 and "BF16" in marked and marked.endswith("yes")
+
+
+def test_fit_gives_packed_types_as_sizes_only(cli):
+    """Nothing computes on packed weights today: the answer is about the type that they are unpacked to."""
+    result = cli("fit", "gemma2_2b", "--memory", "7GB", "--quant", "q6_k")
+    assert result.code == 1 and "F32 does not fit" in result.out and "BF16 would fit" in result.out
+    lines = [line.split() for line in result.out.splitlines() if line.endswith("size only")]
+    assert [line[0] for line in lines] == ["Q8_0", "Q5_0", "Q4_K", "Q6_K"]
+    assert all(line[3:6] == ["-", "-", "-"] for line in lines)
+    data = json.loads(cli("fit", "gemma2_2b", "--memory", "7GB", "--quant", "q6_k", "--json").out)
+    assert set(data["types"]) == {"F32", "BF16"}
+    assert data["stored"]["Q6_K"] == fit.stored_bytes(preset("gemma2_2b"), "Q6_K")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["t5gemma_b_b"], "cannot run this kind of model"),
+        (["gemma3_1b", "--dtype", "float16"], "cannot run Gemma 3 in float16"),
+        (["gemma3_4b"], "the vision tower is not loaded"),
+    ],
+    ids=str,
+)
+def test_fit_says_what_generate_cannot_do(cli, arguments, text):
+    assert text in cli("fit", *arguments, "--memory", "64GB").out
+    assert text not in cli("fit", "gemma3_1b", "--memory", "64GB").out
 
 
 def test_fit_reads_checkpoints(cli, gguf):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory arithmetic: windows counted exactly, the formula layer by layer, and what a machine or container allows."""
 
+import dataclasses
+
 import pytest
 
 from gemma import fit
@@ -11,8 +13,9 @@ from gemma.testing import tiny_config
 
 @pytest.mark.parametrize("context", [1, 511, 512, 513, 4096, 32_768])
 def test_cache_of_the_270m_is_the_sum_over_layers(context):
-    """18 layers, every sixth global, window 512, one K/V head of 256: written out by hand."""
-    expected = sum((context if (i + 1) % 6 == 0 else min(context, 512)) * 2 * 1 * 256 * 2 for i in range(18))
+    """18 layers, every sixth global, window 512, one K/V head of 256: written out by hand. 512 or a power of two."""
+    length = {1: 512, 511: 512, 512: 512, 513: 1024}.get(context, context)
+    expected = sum((length if (i + 1) % 6 == 0 else min(length, 512)) * 2 * 1 * 256 * 2 for i in range(18))
     assert fit.estimate(preset("gemma3_270m"), context).cache == expected
 
 
@@ -29,9 +32,34 @@ def test_weights():
     count = config.num_parameters
     assert fit.estimate(config, 1).weights == 2 * count
     assert fit.estimate(config, 1, weight_bytes="float32").weights == 4 * count
-    assert fit.estimate(config, 1, weight_bytes="q8_0").weights == -(-count * 34 // 32)
-    assert fit.estimate(config, 1, weight_bytes="Q4_K").weights == -(-count * 144 // 256)
     assert fit.estimate(config, 1, weight_bytes=123).weights == 123
+
+
+def test_packed_weights_by_hand():
+    """270M, D = 640: not blocks of 256, so Q4_K becomes Q5_0 in all but `o` (1024 columns) and `down` (2048)."""
+    norms = 18 * (4 * 640 + 2 * 256) + 640
+    wide = 18 * (640 * 1024 + 640 * 2048)
+    rest = preset("gemma3_270m").num_parameters - norms - wide
+    assert fit.stored_bytes(preset("gemma3_270m"), "Q4_K") == wide * 144 // 256 + rest * 22 // 32 + 4 * norms
+    assert fit.stored_bytes(preset("gemma3_270m"), "Q8_0") == (wide + rest) * 34 // 32 + 4 * norms
+    tiny = tiny_config("gemma3")  # D = 72: no blocks at all
+    assert fit.stored_bytes(tiny, "Q4_K") > 2 * tiny.vocab_size * 72
+
+
+def test_what_generate_loads_is_what_is_counted():
+    gemma = preset("gemma_2b")
+    assert fit.stored_bytes(gemma, "bfloat16") == 2 * (gemma.num_parameters + 128 * 2048)  # the JAX table is padded
+    images = preset("gemma3_4b")
+    assert fit.loaded(images).vision is None
+    assert fit.stored_bytes(images, "float32") == 4 * fit.loaded(images).num_parameters < 4 * images.num_parameters
+
+
+def test_the_engine_reads_prompts_in_these_chunks():
+    from gemma.gm.text import Sampler, _engine
+
+    assert _engine.BUCKETS == fit.PREFILL_BUCKETS and _engine.cache_bucket is fit.cache_bucket
+    lengths = {f.name: f.default for f in dataclasses.fields(Sampler)}["pad_length"]
+    assert max(lengths) <= fit.PREFILL_CHUNK == fit.PREFILL_BUCKETS[-1]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -45,8 +73,8 @@ def test_every_preset_has_an_estimate_that_grows_with_the_context(name):
 
 def test_cross_attention_is_counted():
     config = preset("t5gemma_b_b")
-    own = config.decoder.cache_bytes(64, 2)
-    assert fit.estimate(config, 64).cache == own + 12 * 2 * 12 * 64 * 64 * 2
+    own = config.decoder.cache_bytes(512, 2)  # the smallest that is allocated
+    assert fit.estimate(config, 64).cache == own + 12 * 2 * 12 * 64 * 512 * 2
 
 
 def test_refusals():

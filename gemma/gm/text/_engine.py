@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma.errors import ContextFull, PromptError, SamplingError, ShapeError
+from gemma.fit import PREFILL_BUCKETS, cache_bucket
 from gemma.gm import _compile_cache
 from gemma.gm.nn import WindowedCache
 from gemma.gm.text import _loop
 from gemma.gm.typing import Params
 
 PAD = 0  # padding in every Gemma vocabulary; the networks skip it
-BUCKETS = (16, 64, 256, 512, 1024)
-_SMALLEST_CACHE = 512
+BUCKETS = PREFILL_BUCKETS
 
 
 class Engine:
@@ -225,11 +225,6 @@ def check_params(config: Any, params: Any) -> None:
     layers = sum(key.startswith("layer_") for key in keys)
     if layers != config.num_layers:
         raise ShapeError(f"params: the model has {config.num_layers} layers, the parameters {layers}")
-
-
-def cache_bucket(tokens: int, limit: int) -> int:
-    """A cache length for `tokens`: a power of two, so that few programs are compiled; at most the model's limit."""
-    return min(max(1 << (tokens - 1).bit_length(), _SMALLEST_CACHE), limit)
 
 
 def grow_cache(cache: WindowedCache, layers: Sequence[Any], length: int) -> WindowedCache:

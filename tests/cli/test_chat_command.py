@@ -101,6 +101,14 @@ def test_commands_in_a_pipe(cli, fake, tmp_path):
     assert again.code == 2 and "this file exists and is not overwritten" in again.err
 
 
+def test_a_line_of_a_pipe_that_is_no_command_is_text(cli, fake):
+    double = fake(REPLY, **ROOMY)
+    seen = prompts(double)
+    result = cli("chat", "-t", "0", stdin=b"/usr/bin is a path\n/resetting\nHello\n")
+    assert result == (0, f"{REPLY}\n" * 3, "")
+    assert seen[0] == tuple(templates.encode_chat(double.tokenizer, [Turn("user", "/usr/bin is a path")]).ids)
+
+
 def typed(monkeypatch, *lines):
     """Lines as a user types them; an exception is raised instead of a line."""
     queue = [*lines, EOFError()]
