@@ -74,10 +74,10 @@ def test_views_outlive_the_checkpoint(tmp_path):
 def test_not_a_regular_file(tmp_path):
     with pytest.raises(CheckpointNotFound, match="no such file"):
         Source(tmp_path / "absent")
-    with pytest.raises(FormatError, match="regular file"):
+    with pytest.raises(FormatError, match="regular file, got a directory"):
         Source(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FormatError, match="regular file"):
+    with pytest.raises(FormatError, match="regular file, got a pipe"):
         Source(tmp_path / "pipe")
 
 
