@@ -43,7 +43,7 @@ OWN_FIELDS = (
     "rope_local_base_freq",
     "model_type",
 )
-_SIZES = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -66,7 +66,7 @@ def _defaults(kind: str) -> GemmaConfig:
     two = PRESETS["gemma2_2b"]
     if kind != "gemma3_text":
         return two
-    sizes = {name: getattr(two, name) for name in (*_SIZES, "sliding_window")}
+    sizes = {name: getattr(two, name) for name in (*SIZES, "sliding_window")}
     three = PRESETS["gemma3_4b"]
     sizes |= dict(vocab_size=three.vocab_size, max_position_embeddings=three.max_position_embeddings)
     return dataclasses.replace(three, vision=None, rope_scaling_factor=1.0, model_type=kind, **sizes)
@@ -210,7 +210,7 @@ def read_text(section: Section, kind: str, upper: Section | None = None, *, pref
       prefix_lm: a PaliGemma decoder: its own causal flag is void, the prefix decides.
     """
     default = _defaults(kind)
-    fields: dict[str, Any] = {name: section.take(name, getattr(default, name)) for name in _SIZES}
+    fields: dict[str, Any] = {name: section.take(name, getattr(default, name)) for name in SIZES}
     fields |= dict(model_type=kind, use_post_norms=kind != "gemma", use_qk_norm=kind == "gemma3_text")
     fields |= _ids(section, upper, default) | _rope(section, kind, default)
     _activation(section, kind)

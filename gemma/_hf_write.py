@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma._hf_read import OWN_KEY
+from gemma._hf_read import OWN_KEY, SIZES
 from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig
 from gemma.errors import ConfigError
 
@@ -19,17 +19,7 @@ _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 _COPIED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "attention_bias",
-    "attention_dropout",
+    *SIZES,
     "tie_word_embeddings",
     "pad_token_id",
     "bos_token_id",

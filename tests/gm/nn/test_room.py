@@ -54,3 +54,5 @@ def test_parameters_of_another_model(tiny):
     with pytest.raises(ShapeError, match="NoneType"):
         _engine.check_params(model.config, None)
     _engine.check_params(model.config, params)
+    with pytest.raises(ShapeError):  # and the engine asks, before anything is compiled
+        _engine.Engine(model, {"params": params}, 1, cache_length=8)
