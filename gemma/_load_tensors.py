@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from gemma import weights
 from gemma.errors import CheckpointError, UnsupportedError, WeightsMismatch
-from gemma.quants import PackedTensor
+from gemma.quants import PackedTensor, QuantType
 
 if TYPE_CHECKING:
     from gemma.checkpoint import Checkpoint
@@ -77,6 +78,35 @@ class TensorReader:
         out[...] = array
         return out
 
+    def parts(self, dtype=np.float32, values: int = 1 << 20) -> Iterator[tuple[int, np.ndarray]]:
+        """The tensor in runs of rows, for looking at large ones: (first row, fresh array or view [rows, ...]).
+
+        Args:
+          dtype: as in a call.
+          values: of a run, about; a tensor that is laid out differently in the file comes whole.
+        """
+        tensor, info = self._tensor, self._checkpoint.info(self.slot.name)
+        if not self._stored_as_is() or len(info.shape) < 2:
+            yield 0, self(dtype)
+            return
+        for copy in self._copies:
+            _check_copy(self._checkpoint, self.slot.name, copy.name)
+        step = max(1, values // max(1, math.prod(info.shape[1:])))
+        for start in range(0, tensor.shape[0], step):
+            part = self._checkpoint.read_rows(self.slot.name, start, min(start + step, tensor.shape[0]), dtype)
+            self._values.look_at(self.slot.name, part)
+            yield start, part
+
+    def same_bytes(self, other: TensorReader) -> bool:
+        """Whether the other one reads the very same bytes, stored in the same way."""
+        mine, theirs = self._checkpoint.info(self.slot.name), other._checkpoint.info(other.slot.name)
+        layout = [(slot.axes, slot.index, slot.rows, slot.offset, slot.shape) for slot in (self.slot, other.slot)]
+        if layout[0] != layout[1] or (mine.dtype, mine.nbytes) != (theirs.dtype, theirs.nbytes):
+            return False
+        if mine.dtype not in QuantType.__members__ or QuantType[mine.dtype].has_scale:
+            return False
+        return _same_raw(self._checkpoint.raw(mine.name), other._checkpoint.raw(theirs.name))
+
     def _stored_as_is(self) -> bool:
         """Whether the array in the file is the tensor, number by number."""
         slot = self.slot
@@ -92,6 +122,10 @@ class TensorReader:
                 f"{self._tensor.shape}; read it as floats"
             )
         return self._checkpoint.packed(slot.name)
+
+    def release(self) -> None:
+        """Lets the mapped pages of the tensor leave memory once its values have been copied elsewhere."""
+        self._checkpoint.release(self.slot.name)
 
 
 class _ValueCheck:
@@ -134,9 +168,7 @@ def _check_copy(checkpoint: Checkpoint, name: str, copy: str) -> None:
     first, second = checkpoint.info(name), checkpoint.info(copy)
     same = first.shape == second.shape
     if same and first.dtype == second.dtype:
-        a, b = checkpoint.raw(name), checkpoint.raw(copy)
-        step = 16 * _CHUNK
-        same = all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))
+        same = _same_raw(checkpoint.raw(name), checkpoint.raw(copy))
     elif same:
         same = np.array_equal(checkpoint.read(name, np.float32), checkpoint.read(copy, np.float32))
     if not same:
@@ -146,6 +178,11 @@ def _check_copy(checkpoint: Checkpoint, name: str, copy: str) -> None:
             hint=f"{copy} differs from {name}, but the configuration ties them: if the model was trained with its own "
             f"output head, set tie_word_embeddings to false in the configuration",
         )
+
+
+def _same_raw(a: np.ndarray, b: np.ndarray) -> bool:
+    step = 16 * _CHUNK
+    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))
 
 
 def _check_layers(checkpoint: Checkpoint, config: Any) -> None:

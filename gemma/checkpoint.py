@@ -12,6 +12,7 @@ as it does for every program that maps files; where that can happen, open with `
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -44,6 +45,7 @@ __all__ = [
     "open_checkpoint",
 ]
 
+KINDS = "GGUF, safetensors, PyTorch, .npz or .sbs"
 _FLOATS = {np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
 _FLOAT_NAMES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SMALL_ARRAY = 4096  # items of a metadata array that `metadata` holds as a list
@@ -67,7 +69,8 @@ class TokenizerSource:
 
     Attributes:
       kind: "sentencepiece" and "tokenizer.json" name a file in `path`; "gguf" carries the vocabulary itself.
-      path: of the tokenizer file, or of the GGUF.
+      path: of the tokenizer file, or of the checkpoint that carries the vocabulary.
+      model: the bytes of a SentencePiece model that is part of the checkpoint (sentencepiece).
       pieces: [V] strings by id (gguf). Pieces of type 4 hold real spaces.
       scores: float32 [V] (gguf).
       types: int32 [V], 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte (gguf).
@@ -82,6 +85,7 @@ class TokenizerSource:
     types: np.ndarray | None = None
     special: Mapping[str, int] = dataclasses.field(default_factory=dict)
     flags: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    model: bytes | None = None
 
 
 class Checkpoint(abc.ABC):
@@ -89,13 +93,13 @@ class Checkpoint(abc.ABC):
 
     Attributes:
       path: as opened, file or folder.
-      format: the column of `gemma.weights` its names belong to, "hf" or "gguf".
+      format: the column of `gemma.weights` its names belong to: "hf", "gguf", "ckpt", "npz" or "sbs".
       tensors: name to TensorInfo, in file order.
       metadata: of the file: strings, numbers and short lists.
     """
 
     path: Path
-    format: Literal["hf", "gguf"]
+    format: Literal["hf", "gguf", "ckpt", "npz", "sbs"]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Any]
 
@@ -163,6 +167,23 @@ class Checkpoint(abc.ABC):
         self._convert(info, out)
         return out
 
+    def read_rows(self, name: str, start: int, stop: int, dtype=np.float32) -> np.ndarray:
+        """Rows start..stop-1 along the first axis, as a fresh array of float32, bfloat16 or float16.
+
+        Raises:
+          CheckpointError: rows that the tensor does not have.
+        """
+        info = self.info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise CheckpointError(f"{info.file}: {name} {info.shape}: no rows {start}..{stop}")
+        size = info.nbytes // max(1, info.shape[0])  # blocks never cross rows
+        part = dataclasses.replace(
+            info, shape=(stop - start, *info.shape[1:]), offset=info.offset + start * size, nbytes=(stop - start) * size
+        )
+        out = np.empty(part.shape, dtype)
+        self._convert(part, out)
+        return out
+
     def release(self, name: str) -> None:
         """Lets the mapped pages of a tensor leave memory once its values have been copied elsewhere."""
         info = self.info(name)
@@ -208,7 +229,7 @@ def _native_dtype(name: str) -> np.dtype | None:
     """The numpy dtype of a plain type, None for a quantized one."""
     if name in QuantType.__members__:
         return float_dtype(QuantType[name]) if QuantType[name].is_float else None
-    return st.DTYPES[name]
+    return np.dtype(np.complex64) if name == "C64" else st.DTYPES[name]
 
 
 class GgufCheckpoint(Checkpoint):
@@ -270,21 +291,21 @@ class HfCheckpoint(Checkpoint):
 
 # First bytes of files that are checkpoints, but not of a kind that is read here.
 _OTHER_KINDS = {
-    b"PK\x03\x04": "a zip archive (a PyTorch .ckpt or .bin, or a .npz)",
-    b"SBS\n": "a gemma.cpp .sbs file",
-    b"\x80\x02": "a pickle",
-    b"\x80\x04": "a pickle",
+    b"\x80\x02": "a bare pickle, PyTorch's format before 2020: load it where you trust it and save it with torch.save",
+    b"\x80\x04": "a bare pickle",
     b"lmgg": "a GGML file from before GGUF",
     b"fmgg": "a GGMF file from before GGUF",
     b"tjgg": "a GGJT file from before GGUF",
 }
+_TORCH_INDEX = "pytorch_model.bin.index.json"
+_SUFFIXES = ("*.safetensors", "*.gguf", "*.ckpt", "*.sbs", "*.npz", "pytorch_model.bin")
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> Checkpoint:
     """Opens a checkpoint by what it contains, whatever it is called.
 
     Args:
-      path: a GGUF or safetensors file, a `*.index.json`, or a folder that holds one of these.
+      path: a GGUF, safetensors, PyTorch, .npz or .sbs file, a `*.index.json`, or a folder that holds one of these.
       mmap: map files instead of copying from them (see the module's note on truncation).
 
     Raises:
@@ -295,6 +316,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> Check
     path = Path(path)
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         inner = _file_of_folder(path)
+        if inner.name == _TORCH_INDEX:
+            return _torch_shards(path, inner, mmap)
         if inner.suffix == ".json":
             return _opened(path, st.open_shards(inner, mmap=mmap))
         source = Source(inner, mmap=mmap)
@@ -304,18 +327,44 @@ def open_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> Check
         head = source.read(0, min(9, source.size)).tobytes()
         for magic, kind in _OTHER_KINDS.items():
             if head.startswith(magic) and head[8:] != b"{":
-                raise UnsupportedError(f"{source.path}: {kind}; expected GGUF or safetensors")
+                raise UnsupportedError(f"{source.path}: {kind}; expected {KINDS}")
         if head[:4] == b"GGUF":
             return GgufCheckpoint(source)
+        if head[:4] in (b"PK\x03\x04", b"SBS\n") and head[8:] != b"{":
+            return _without_config(source, head[:4])
         if head[:1] == b"{" and source.path.suffix == ".json":
             source.close()
             return _opened(path, st.open_shards(path, mmap=mmap))
         if head[8:] != b"{" and source.path.suffix != ".safetensors":
-            raise FormatError(source.path, 0, f"expected a GGUF or safetensors file, got the bytes {head!r}")
+            raise FormatError(source.path, 0, f"expected a {KINDS} file, got the bytes {head!r}")
         return HfCheckpoint(path, [st.Safetensors(source)])
     except BaseException:
         source.close()
         raise
+
+
+def _without_config(source: Source, magic: bytes) -> Checkpoint:
+    from gemma import _checkpoint_kinds as kinds
+    from gemma.formats._zip import read_members
+
+    if magic == b"SBS\n":
+        return kinds.SbsCheckpoint(source)
+    arrays = all(name.endswith((".npy", "/")) for name in read_members(source))
+    return kinds.NpzCheckpoint(source) if arrays else kinds.TorchCheckpoint(source.path, [source])
+
+
+def _torch_shards(path: Path, index: Path, mmap: bool) -> Checkpoint:
+    """The files that the index of a sharded PyTorch checkpoint names; a tensor in two of them is refused."""
+    from gemma._checkpoint_kinds import TorchCheckpoint
+
+    with contextlib.ExitStack() as opened:
+        sources = []
+        for file in dict.fromkeys(st.read_index(index).values()):
+            sources.append(Source(index.parent / file, mmap=mmap))
+            opened.callback(sources[-1].close)
+        checkpoint = TorchCheckpoint(path, sources)
+        opened.pop_all()
+    return checkpoint
 
 
 def _opened(path: Path, shards: list[st.Safetensors]) -> HfCheckpoint:
@@ -323,15 +372,15 @@ def _opened(path: Path, shards: list[st.Safetensors]) -> HfCheckpoint:
 
 
 def _file_of_folder(folder: Path) -> Path:
-    """The one checkpoint of a folder: its index, model.safetensors, or the only *.safetensors or *.gguf."""
-    for name in (st.INDEX_NAME, "model.safetensors"):
+    """The one checkpoint of a folder: its index, model.safetensors, or the only file of a kind, in a fixed order."""
+    for name in (st.INDEX_NAME, "model.safetensors", _TORCH_INDEX):
         if (folder / name).is_file():
             return folder / name
-    for pattern in ("*.safetensors", "*.gguf"):
+    for pattern in _SUFFIXES:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
             raise CheckpointError(f"{folder}: several checkpoints and no {st.INDEX_NAME}: {names}; name one of them")
         if found:
             return found[0]
-    raise CheckpointNotFound(f"{folder}: no {st.INDEX_NAME}, *.safetensors or *.gguf in this folder")
+    raise CheckpointNotFound(f"{folder}: no {st.INDEX_NAME} and none of {', '.join(_SUFFIXES)} in this folder")

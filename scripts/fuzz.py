@@ -12,6 +12,7 @@ The readers are in `gemma/checkpoint.py` and `gemma/tokenizer.py`, the named fau
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,7 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "hostile"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import _fuzz_archives as archives
 import guard
 import hostile_files as h
 
@@ -247,6 +250,16 @@ def use_safetensors(path: Path) -> None:
             checkpoint.read(name)
 
 
+def use_weights(path: Path) -> None:
+    with guard.open_checkpoint(path) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            checkpoint.read(name, "float32" if info.dtype in ("INT8", "SFP8") else None)
+            if info.shape and info.dtype in ("F32", "INT8", "SFP8"):
+                checkpoint.read_rows(name, 0, min(1, info.shape[0]))
+        with contextlib.suppress(GemmaError):
+            checkpoint.config()
+
+
 def use_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer.from_file(path)
     for text in ("the  world\n\n日é<table>", "<start_of_turn>x", " "):
@@ -258,6 +271,9 @@ TARGETS = {
     "gguf": Target("model.gguf", gguf, use_checkpoint),
     "safetensors": Target("model.safetensors", safetensors, use_safetensors),
     "tokenizer": Target("tokenizer.model", tokenizer, use_tokenizer),
+    "sbs": Target("model.sbs", lambda rng: archives.make_sbs(rng, scramble), use_weights),
+    "ckpt": Target("model.ckpt", lambda rng: archives.make_ckpt(rng, scramble), use_weights),
+    "npz": Target("model.npz", lambda rng: archives.make_npz(rng, scramble), use_weights),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 from guard import resident
 
 COUNT = 2000
+TARGETS = ["gguf", "safetensors", "tokenizer", "sbs", "ckpt", "npz"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def fuzz():
     return module
 
 
-@pytest.mark.parametrize("target", ["gguf", "safetensors", "tokenizer"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_mutated_files(fuzz, target):
     with resident(256 << 20):  # the whole batch: single inputs are bounded by the named faults' tests
         failures, outcomes = fuzz.run(target, COUNT)
@@ -35,13 +36,13 @@ def test_mutated_files(fuzz, target):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("target", ["gguf", "safetensors", "tokenizer"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_mutated_files_at_length(fuzz, target):
     failures, _ = fuzz.run(target, 200_000, seed=COUNT)
     assert not failures, "\n\n".join(map(str, failures[:5]))
 
 
-@pytest.mark.parametrize("target", ["gguf", "safetensors", "tokenizer"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_inputs_are_reproducible(fuzz, target):
     make = fuzz.TARGETS[target].make
     for seed in range(20):

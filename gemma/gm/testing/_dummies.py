@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DummyGemma`, one small layer that compiles in a moment, and `DummyTokenizer`, fourteen words. Names of the JAX API.
+
+They are real: the network is a `Transformer` and takes part in everything, the tokenizer has the interface of
+`gm.text.Gemma3Tokenizer`. Nothing they say means anything. The network's table has thirteen rows, as in the official
+package, so the tokenizer's last word cannot be read by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+
+from gemma.config import GemmaConfig
+from gemma.errors import TokenizerError
+from gemma.gm.nn import Transformer
+from gemma.gm.nn._config import ModelInfo, TransformerConfig
+from gemma.gm.text._tokenizer import Gemma3SpecialTokens, SpecialTokens, Tokenizer
+from gemma.tokenizer import SpecialTokens as SpecialIds
+
+_WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "Hello", "world", "!", "How", "are", "you", "today", "?", "I", "am"]
+_CONFIG = GemmaConfig(
+    vocab_size=13,
+    hidden_size=32,
+    intermediate_size=128,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=128,
+    max_position_embeddings=4096,
+)
+
+
+class DummyGemma(Transformer, kw_only=True):
+    """One global layer: V 13, D 32, F 128, N = K = 2, H 128, no norms after the branches."""
+
+    config: TransformerConfig = TransformerConfig.of(_CONFIG)
+
+    INFO: ClassVar[ModelInfo] = ModelInfo()
+
+
+@dataclasses.dataclass(frozen=True)
+class DummyTokenizer(Tokenizer):
+    """Words between spaces, ids 0..13; special tokens of Gemma 3. VERSION 0: it goes with every model."""
+
+    VERSION: ClassVar[int] = 0
+    special_tokens: ClassVar[type[SpecialTokens]] = Gemma3SpecialTokens
+
+    @property
+    def vocab_size(self) -> int:
+        return len(_WORDS)
+
+    @property
+    def tokens(self) -> list[str]:
+        return list(_WORDS)
+
+    @property
+    def special(self) -> SpecialIds:
+        names = {field.name: field.name.upper() for field in dataclasses.fields(SpecialIds)}
+        known = Gemma3SpecialTokens.__members__
+        return SpecialIds(**{name: int(known[upper]) for name, upper in names.items() if upper in known})
+
+    def encode(
+        self, text: str | list[str], *, add_bos: bool = False, add_eos: bool = False, parse_special: bool = True
+    ) -> list[int]:
+        """The ids of a text's words; any other word is a TokenizerError that lists them."""
+        words = text.split() if isinstance(text, str) else list(text)
+        unknown = [word for word in words if word not in _WORDS]
+        if unknown:
+            raise TokenizerError(f"DummyTokenizer: unknown word {unknown[0]!r}; expected some of {' '.join(_WORDS)}")
+        head, tail = [_WORDS.index("<bos>")] if add_bos else [], [_WORDS.index("<eos>")] if add_eos else []
+        return [*head, *map(_WORDS.index, words), *tail]
+
+    def decode(self, ids: int | list[int] | np.ndarray) -> str:
+        """The words of ids with spaces between them."""
+        return " ".join(self._words(ids))
+
+    def split(self, text: str) -> list[str]:
+        return text.split()
+
+    def stream(self) -> _WordStream:
+        return _WordStream(self)
+
+    def _words(self, ids: int | list[int] | np.ndarray) -> Iterator[str]:
+        for token in np.asarray(ids).reshape(-1).tolist():
+            if not 0 <= token < len(_WORDS):
+                raise TokenizerError(f"DummyTokenizer: expected ids in 0..{len(_WORDS) - 1}, got {token}")
+            yield _WORDS[token]
+
+
+class _WordStream:
+    """Words one at a time: the space comes before each word but the first."""
+
+    def __init__(self, tokenizer: DummyTokenizer):
+        self._tokenizer, self._first = tokenizer, True
+
+    def push(self, token: int) -> str:
+        text = ("" if self._first else " ") + self._tokenizer.decode(token)
+        self._first = False
+        return text
+
+    def flush(self) -> str:
+        return ""
+
+
+def use_hermetic_tokenizer() -> None:
+    """Does nothing: no tokenizer of this package ever reaches for the network. A name that official tests import."""
