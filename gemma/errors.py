@@ -11,12 +11,14 @@ and nothing in this module is raised for a defect of gemmakit itself (those stay
     │   ├── FormatError                             the bytes of a file break its format
     │   ├── UnsupportedError   (NotImplementedError) the file is valid, but uses something we do not read
     │   ├── WeightsMismatch                         missing, unexpected or mis-shaped tensors, all listed
+    │   ├── SaveError          (OSError)            a file or folder could not be written
     │   └── CheckpointNotFound (FileNotFoundError)  nothing to read at that path
     ├── TokenizerError         (ValueError)         a vocabulary or an id is wrong
     ├── PromptError            (ValueError)         a prompt, a turn or an image cannot be used
     ├── ContextFull            (ValueError)         more tokens than the context holds
     ├── SamplingError          (ValueError)         a sampling parameter is out of range
     ├── ShapeError             (ValueError)         an array has the wrong shape or dtype
+    ├── ToolError              (ValueError)         a tool was called wrongly, or could not do what it was asked
     ├── HubError               (OSError)            a model could not be found or fetched
     └── DependencyError        (ImportError)        an optional package is missing
 """
@@ -59,6 +61,20 @@ class FormatError(CheckpointError):
 
 class UnsupportedError(CheckpointError, NotImplementedError):
     """A valid file that uses something gemmakit does not read, for example an IQ quantization type."""
+
+
+class SaveError(CheckpointError, OSError):
+    """A file or folder could not be written; what was there before is unchanged. `errno` is the system's, or None."""
+
+    def __init__(self, message: str, errno: int | None = None):
+        super().__init__(message)
+        self.message, self.errno = message, errno
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self):
+        return type(self), (self.message, self.errno)
 
 
 class CheckpointNotFound(CheckpointError, FileNotFoundError):
@@ -130,6 +146,10 @@ class SamplingError(GemmaError, ValueError):
 
 class ShapeError(GemmaError, ValueError):
     """An array has the wrong shape or dtype; the message names the axis."""
+
+
+class ToolError(GemmaError, ValueError):
+    """A tool was called wrongly, or could not do what it was asked; in a conversation the model is told."""
 
 
 class HubError(GemmaError, OSError):

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a model on this machine: a path, the name of a size kept in the cache folder, or the word `demo`.
+"""Finds a model: a path, a name kept in a folder of models, the word `demo`; and fetches one when asked to.
 
 `demo` is the real pretrained Gemma 3 270M, carried by the optional packages of the extra `[demo]`; it is assembled once
-into the cache folder and verified. Nothing here downloads, and nothing here reads what a checkpoint holds (that is
-`checkpoint.py`).
+into the cache folder and verified. Downloading is `_hub_download.py`, names are `_hub_names.py`; nothing here reads what
+a checkpoint holds (that is `checkpoint.py`).
 
-The cache folder is `$GEMMA_CACHE_DIR`, or `~/.gemma`:
+Names are looked up in the folders of `$GEMMA_CHECKPOINT_DIR` first, then in the cache folder, `$GEMMA_CACHE_DIR` or
+`~/.gemma`:
 
     models/gemma-3-270m-q4_k_m.gguf            the demo
     models/gemma-3-270m-q4_k_m.gguf.verified   size, mtime and SHA-256 of the file when it was last hashed
+    models/gemma-3-1b-it/                      what `gemma pull google/gemma-3-1b-it` fetched; also found as gemma3_1b
     models/<preset>, models/<preset>.gguf      weights that `resolve("<preset>")` finds
 
 A file whose size and modification time equal those of its marker is used without hashing its 253 MB again. Where they
@@ -31,10 +33,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from gemma import config
+from gemma import _hub_download, _hub_names, config
+from gemma._hub_names import OFFICIAL
 from gemma.errors import CheckpointNotFound, ConfigError, HubError
 
 DEMO = "demo"
+DIGITS = "digits"  # the small PaliGemma that lies beside this module
 DEMO_FILE = "gemma-3-270m-q4_k_m.gguf"
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 DEMO_TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
@@ -52,16 +56,18 @@ def cache_dir() -> Path:
     return Path(given).expanduser() if given else Path("~/.gemma").expanduser()
 
 
-def resolve(model: str | os.PathLike[str]) -> Path:
+def resolve(model: str | os.PathLike[str], *, download: bool = False) -> Path:
     """The path of a checkpoint: a file or a folder that exists.
 
     Args:
-      model: `demo`; a path (`~` is expanded); or the name of a preset whose weights lie in `cache_dir()/models`. The
-        word wins over a folder of the same name: write `./demo` for that.
+      model: `demo`; a path (`~` is expanded); the name of a size, of a repository of the hub (owner/name) or an official
+        `CheckpointPath`, whose weights lie in a folder of `$GEMMA_CHECKPOINT_DIR` or in `cache_dir()/models`. The word
+        wins over a folder of the same name: write `./demo` for that.
+      download: fetch an official `CheckpointPath` that is not on this machine.
 
     Raises:
       CheckpointNotFound: nothing is there; the message says what can be given and how weights are fetched.
-      HubError: `demo`, and its packages are missing, damaged, or cannot be assembled.
+      HubError: `demo`, and its packages are missing, damaged, or cannot be assembled; or a download failed.
     """
     name = os.fspath(model)
     if isinstance(name, bytes):
@@ -75,10 +81,61 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         return path
     if isinstance(model, os.PathLike):
         raise CheckpointNotFound(f"{path}: no such file or folder; expected a checkpoint")
-    for found in _in_cache(name):
+    for found in _kept(name):
         return found
+    repository = _hub_names.repository(name) if name.startswith(OFFICIAL) else None
+    if download and repository is not None:
+        return pull(repository).path
     shown = name if len(name) <= 200 else f"{name[:200]}... ({len(name)} characters)"
     raise CheckpointNotFound(f"{shown}: no such file or folder. {_hint(name)}")
+
+
+def pull(
+    model: str,
+    *,
+    revision: str | None = None,
+    to: str | os.PathLike[str] | None = None,
+    patterns: Sequence[str] = (),
+    endpoint: str | None = None,
+    token: str | bool | None = None,
+    progress: _hub_download.Progress | None = None,
+) -> _hub_download.Pulled:
+    """Downloads a model from the Hugging Face hub, so that `resolve` finds it; a broken download is continued.
+
+    Args:
+      model: owner/name, an official `CheckpointPath`, or the name of a size: then the variant tuned to instructions, or
+        with `-pt` the pretrained one.
+      revision: a branch, tag or commit; None: main. Another one is kept in a folder of its own, name@revision.
+      to: the folder to be; None: the model's own in `cache_dir()/models`.
+      patterns, endpoint, token, progress: as in `_hub_download.pull`.
+
+    Raises:
+      HubError: the name is unknown; no connection, no right to it, no room, or a file arrived damaged.
+      SaveError: (an OSError) the destination cannot be written.
+    """
+    repository = _hub_names.repository(model)
+    if repository is None:
+        raise HubError(f"{model[:200]!r}: expected owner/name, as in google/gemma-3-1b-it, or a size. {_near(model)}")
+    folder = cache_dir() / "models" / _hub_names.folder(repository) if to is None else Path(to).expanduser()
+    if revision is not None and to is None:
+        folder = folder.with_name(f"{folder.name}@{_plain(revision)}")
+    return _hub_download.pull(
+        repository,
+        folder,
+        revision=revision,
+        patterns=patterns,
+        endpoint=endpoint,
+        token=token,
+        progress=progress,
+    )
+
+
+def _plain(revision: str) -> str:
+    """A revision as part of a folder's name."""
+    plain = re.sub(r"[^\w.-]", "-", revision)
+    if not _hub_names.safe_name(plain):
+        raise HubError(f"{revision[:100]!r}: expected a branch, tag or commit of letters, digits, dots and dashes")
+    return plain
 
 
 def demo_path() -> Path:
@@ -247,46 +304,37 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _in_cache(name: str) -> Iterator[Path]:
-    try:
-        preset = config.preset_name(name)
-    except ConfigError:
-        return
-    for suffix in ("", ".gguf", ".safetensors"):
-        path = cache_dir() / "models" / f"{_stem(name, preset)}{suffix}"
-        if _exists(path):
-            yield path
+def _kept(name: str) -> Iterator[Path]:
+    """Weights of a name in the folders of models, the most exact first."""
+    given = os.environ.get("GEMMA_CHECKPOINT_DIR", "").strip()
+    folders = [Path(folder).expanduser() for folder in given.split(os.pathsep) if folder.strip()]
+    for folder in (*folders, cache_dir() / "models"):
+        for stem in _hub_names.spellings(name):
+            for suffix in ("", ".gguf", ".safetensors"):
+                path = folder / f"{stem}{suffix}"
+                if _exists(path):
+                    yield path
 
 
 def _hint(name: str) -> str:
     """What to do about a name that is no path: sizes are known, their weights have to be fetched by the user."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return f"If this is a Hugging Face repository, download it first: {_download(name, name.rsplit('/', 1)[1])}"
+    repository = _hub_names.repository(name)
+    if repository is None:
+        return _near(name)
+    if _hub_names.is_repository(name):
+        return f"If this is a Hugging Face repository, download it first: `gemma pull {name}`"
+    return (
+        f"{name.strip()} is the name of a size; its weights are not on this machine. Accept the Gemma terms at "
+        f"https://huggingface.co/{repository}, then download them: `gemma pull {repository}`"
+    )
+
+
+def _near(name: str) -> str:
+    given = _can_be_given()
+    given = f"{given[0].upper()}{given[1:]}."
     try:
-        preset = config.preset_name(name)
+        config.preset_name(name)
     except ConfigError as error:
         _, found, near = str(error).partition("did you mean ")
-        given = _can_be_given()
-        return f"{given[0].upper()}{given[1:]}." + (
-            f" Among the sizes of the family, did you mean {near}" if found else ""
-        )
-    stem = _stem(name, preset)
-    text = re.fullmatch(r"(code)?gemma(\d?)_(\w+)", stem)
-    repository = (
-        f"google/{text[1] or ''}gemma-{text[2] + '-' if text[2] else ''}{text[3]}-it" if text else "google/<name>"
-    )
-    return (
-        f"{stem} is the name of a size; its weights are not on this machine. Accept the Gemma terms at "
-        f"https://huggingface.co/{repository.partition('/<')[0]}, then {_download(repository, stem)}"
-    )
-
-
-def _stem(name: str, preset: str) -> str:
-    """What the weights of a name are called in the cache: codegemma_2b has the shape of gemma_2b, not its weights."""
-    key = name.strip().lower().replace("-", "_").replace(".", "_")
-    return key if key in config.ALIASES else preset
-
-
-def _download(repository: str, folder: str) -> str:
-    target = cache_dir() / "models" / folder
-    return f"`hf download {repository} --local-dir {target}`, and give that folder as the model"
+        return given + (f" Among the sizes of the family, did you mean {near}" if found else "")
+    return given

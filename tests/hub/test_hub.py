@@ -176,12 +176,12 @@ def test_weights_in_the_cache_are_found_by_name(cache):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gemma3_1b", "name of a size.*accept the gemma terms.*hf download google/gemma-3-1b-it --local-dir"),
-        ("gemma_2b", "hf download google/gemma-2b-it"),
-        ("codegemma_7b", "hf download google/codegemma-7b-it"),
-        ("paligemma_3b_224", "name of a size.*https://huggingface.co/google, then"),
+        ("gemma3_1b", "name of a size.*accept the gemma terms.*gemma pull google/gemma-3-1b-it"),
+        ("gemma_2b", "gemma pull google/gemma-2b-it"),
+        ("codegemma_7b", "gemma pull google/codegemma-7b-it"),
+        ("paligemma_3b_224", "name of a size.*https://huggingface.co/google/paligemma-3b-pt-224, then"),
         ("gemm3_1b", "give the path of a .gguf.*did you mean gemma3_1b"),
-        ("google/gemma-3-1b-it", "hugging face repository.*hf download google/gemma-3-1b-it"),
+        ("google/gemma-3-1b-it", "hugging face repository.*gemma pull google/gemma-3-1b-it"),
         ("nothing", "give the path of a .gguf or .safetensors file"),
         ("", "an empty name"),
         ("a\0b", "no such file"),

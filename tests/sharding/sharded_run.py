@@ -13,7 +13,7 @@ from gemma import gm
 from gemma.testing import ByteTokenizer, tiny_config, write_tiny_safetensors
 
 CONFIG = tiny_config("gemma3", num_attention_heads=4, num_key_value_heads=2, vocab_size=320, intermediate_size=96)
-TOKENS = np.random.default_rng(0).integers(3, 300, (4, 12))
+TOKENS = np.random.default_rng(0).integers(3, 300, (8, 12))
 
 
 def strategies():
@@ -34,18 +34,19 @@ def main() -> None:
     apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)
     expected = np.asarray(apply(single, TOKENS))
     sampler = gm.text.Sampler(model=model, params=single, tokenizer=ByteTokenizer(), cache_length=64, pad_length=16)
-    prompts = ["ab", "hello", "x", "some text"]
+    prompts = ["ab", "hello", "x", "some text", "y", "more", "words here", "end"]
     texts = sampler.sample(prompts, max_new_tokens=6)
     for name, strategy in strategies():
         params = gm.ckpts.load_params(folder, sharding=strategy)
         for leaf, whole in zip(jax.tree.leaves(params), jax.tree.leaves(single)):
             assert len(leaf.sharding.device_set) == 8 and np.array_equal(leaf, whole), name
-        tokens = jax.device_put(TOKENS, gm.sharding.split_batch(jax.tree.leaves(params)[0].sharding.mesh))
+        rows = gm.sharding.split_batch(jax.tree.leaves(params)[0].sharding.mesh)
+        tokens = jax.device_put(TOKENS, rows)
         got = np.asarray(apply(params, tokens))
         assert np.abs(got - expected).max() <= 2e-5, (name, np.abs(got - expected).max())
         again = gm.text.Sampler(
             model=model, params=params, tokenizer=ByteTokenizer(), cache_length=64, pad_length=16
-        ).sample(prompts, max_new_tokens=6)
+        ).sample(prompts, max_new_tokens=6, sharding=rows)
         assert again == texts, (name, again, texts)
         if name == "tensor":
             layer = params["layer_0"]

@@ -3,4 +3,15 @@
 
 from gemma._lazy import attach
 
-__getattr__, __dir__, __all__ = attach(__name__, {"_load": ["load_params"]})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "_checkpoint": ["AnchoredPolicyLoader", "LoadCheckpoint", "SkipLoRA"],
+        "_compat": ["Layout"],
+        "_load": ["load_params", "release"],
+        "_orbax": ["OrbaxCheckpoint", "open_checkpoint"],
+        "_partial": ["Restored", "restore_partial"],
+        "_paths": ["CheckpointPath"],
+        "_save": ["save_params", "save_tensors"],
+    },
+)

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`load_params`: any checkpoint that gemmakit reads, as the nested tree of arrays that the networks of `gm.nn` take.
 
-Each leaf is one host buffer, filled tensor by tensor and handed to JAX; on the CPU it becomes the array without a copy.
-So at no time more exists than the parameters and the one tensor that is being read. What is in a file is
-`gemma/checkpoint.py`'s business, where a tensor goes in the tree `gemma/weights`'.
-
-    kv_einsum/w  [2, K, D, H]        [0] <- layers.3.attn.k  (K H) D
-                                     [1] <- layers.3.attn.v  (K H) D
+Each leaf is one host buffer that is handed to JAX; on the CPU it becomes the array without a copy. So at no time more
+exists than the parameters and the one tensor that is being read. Where a leaf comes from is `_leaves.py`; renamed and
+partial restoring are `_quantization.py` and `_partial.py`.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,18 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma import config as configs
-from gemma import hub, weights
-from gemma.checkpoint import Checkpoint, TensorReader, load_tensors, open_checkpoint
+from gemma import hub
 from gemma.errors import CheckpointError, UnsupportedError, WeightsMismatch
+from gemma.gm.ckpts import _detect, _quantization
+from gemma.gm.ckpts._leaves import VISION, Leaf, aligned_empty, known_config, leaves_of
+from gemma.gm.ckpts._orbax import flatten, open_checkpoint
 from gemma.gm.typing import DType, Params
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_ALIGNMENT = 64  # bytes; XLA's CPU client takes buffers that start at a multiple of it as they are
-# Released checkpoints keep what follows the vision tower in float32; the networks expect it so.
-_ALWAYS_FLOAT32 = ("vision_encoder", "mm_input_projection", "mm_soft_embedding_norm")
-_ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint")
-
-Leaf = tuple[str, list[tuple[weights.Tensor, TensorReader]]]
 
 
 def load_params(
@@ -45,201 +37,188 @@ def load_params(
     sharding: Any = None,
     quantize: bool = False,
     dtype: DType | None = None,
+    config: _detect.AnyConfig | None = None,
 ) -> dict[str, Any]:
     """Reads a checkpoint into a nested parameter tree.
 
     Args:
-      path: what `gemma.hub.resolve` takes: a GGUF or safetensors file, a Hugging Face folder, or `demo`.
+      path: a GGUF or safetensors file, a Hugging Face folder, an Orbax folder in any layout, a `CheckpointPath` (which
+        is downloaded if it is not on this machine), or `demo`.
       params: a tree of the same structure whose leaves (arrays, or `jax.ShapeDtypeStruct`) say dtype and sharding.
       donate: free the arrays of `params` before reading; they cannot be used afterwards.
       text_only: leave the vision tower in the file.
-      sharding: where the arrays live: one `jax.sharding.Sharding`, or a tree of them.
-      quantize: not available for these files; it belongs to official checkpoints.
-      dtype: float32, bfloat16 or float16 for all text parameters. None: as stored, but float32 for packed types and
-        for float16, in which Gemma's activations overflow. What belongs to vision is float32.
+      sharding: where the arrays live: one `jax.sharding.Sharding`, a tree of them, which may end above the leaves, or a
+        strategy of `gm.sharding`. From an Orbax folder each device reads only its part.
+      quantize: name the kernels as official quantization-aware training does (`_quantization.qat_name`). With `params`
+        their names decide: the tree of `gm.nn.QuantizationAwareWrapper` is the plain one.
+      dtype: float32, bfloat16 or float16 for the float parameters of the text model. None: as stored, but float32 for
+        packed types and for float16 in files that are not Orbax, since Gemma's activations overflow in it. What belongs
+        to vision keeps float32.
+      config: of an Orbax folder that does not carry its own and is of no preset's size.
 
     Returns:
       The tree of `gm.nn`, for example `layer_0/attn/q_einsum/w` [N, D, H]. The table of a Gemma 1 or 2 has 256,128 rows
       as in official checkpoints; rows that a Hugging Face file lacks are zero and their ids must not be sampled (the
-      samplers of `gm.text` never do).
+      samplers of `gm.text` never do). Adapters and quantized kernels of an Orbax folder come as they were saved.
 
     Raises:
       CheckpointNotFound, FormatError, WeightsMismatch: nothing there, a broken file, the wrong tensors.
-      UnsupportedError: an Orbax checkpoint, a model without a JAX network, float16 for Gemma 3.
+      HubError: a `CheckpointPath` that is not here and cannot be downloaded.
+      UnsupportedError: a model without a JAX network, float16 for Gemma 3.
       CheckpointError: (a ValueError) arguments that exclude each other.
     """
-    _check_arguments(params, sharding, quantize, dtype, text_only)
-    path = hub.resolve(path)
-    _refuse_orbax(path)
-    with open_checkpoint(path) as checkpoint:
-        config = _config(checkpoint)
-        check_dtype(dtype, config)
-        like = None if params is None else _flatten(params)
+    _check_arguments(params, sharding, dtype, text_only)
+    path = hub.resolve(path, download=True)
+    like = None if params is None else flatten(params)
+    with open_checkpoint(path, config=config) as checkpoint:
+        check_dtype(dtype, known_config(checkpoint) if dtype is not None else None)
         if like is not None:
-            text_only = _check_structure(like, config, text_only, path)
+            text_only = text_only or not any(name.split("/")[0] == VISION for name in like)
+        leaves = leaves_of(checkpoint, text_only=text_only)
+        if like is None:
+            names = {_quantization.qat_name(name) if quantize else name: name for name in leaves}
+        else:
+            names = match(like, leaves, path)
             if donate:
-                _free(like)
+                free(like)
+        if callable(sharding):
+            sharding = sharding(_shapes(names, leaves))
         tree: dict[str, Any] = {}
-        for name, parts in _leaves(checkpoint, config, text_only):
+        for name, stored in names.items():
             target = None if like is None else like[name]
-            array = _read_leaf(name, parts, config, np.dtype(_dtype_of(name, parts, target, dtype)))
-            where = _sharding_of(name, sharding, target)
-            _insert(tree, name, jax.device_put(array, where, may_alias=True))
+            insert(tree, name, read(leaves.pop(stored), name, target, dtype, sharding))
     return tree
 
 
-def check_dtype(dtype: DType | None, config: configs.GemmaConfig) -> None:
+def check_dtype(dtype: DType | None, config: _detect.AnyConfig | None) -> None:
     """Refuses what is no float type, and float16 where the activations of the model do not fit into it."""
     if dtype is None:
         return
     name = jnp.dtype(dtype).name
     if name not in _FLOATS:
         raise UnsupportedError(f"dtype: expected one of {', '.join(_FLOATS)}, got {name}")
-    if name == "float16" and config.use_qk_norm:
+    if name == "float16" and isinstance(config, configs.GemmaConfig) and config.use_qk_norm:
         raise UnsupportedError(
             "float16 cannot run Gemma 3: its activations pass 65504, the largest float16, and the text becomes NaN; "
             "use bfloat16 or float32"
         )
 
 
-def _check_arguments(params: Any, sharding: Any, quantize: bool, dtype: Any, text_only: bool) -> None:
+def _check_arguments(params: Any, sharding: Any, dtype: Any, text_only: bool) -> None:
     if params is not None and sharding is not None:
         raise CheckpointError("`sharding` and `params` are mutually exclusive.")
     if params is not None and dtype is not None:
         raise CheckpointError("`dtype` and `params` are mutually exclusive: the dtypes of `params` are followed.")
-    if quantize:
-        raise UnsupportedError(
-            "quantize=True renames the leaves of an official checkpoint for quantization-aware training, which is not "
-            "available yet; leave it out"
-        )
     if params is None:
         return
-    if not isinstance(params, Mapping) or any("/" in key for key in params) or "embedder" not in params:
+    if not isinstance(params, Mapping) or any("/" in key for key in params) or _is_no_tree(params):
         keys = ", ".join(list(params)[:4]) if isinstance(params, Mapping) else type(params).__name__
         raise CheckpointError(
             f"`params` must be a nested tree such as model.init(...)['params'], with the key 'embedder' on top; "
             f"got {keys}"
         )
-    if text_only and "vision_encoder" in params:
+    if text_only and VISION in params:
         raise CheckpointError("`text_only=True`, but `params` hold a vision encoder: pass one or the other.")
 
 
-def _refuse_orbax(path: Path) -> None:
-    if path.is_dir() and any((path / name).exists() for name in _ORBAX_FILES):
-        raise UnsupportedError(
-            f"{path}: an Orbax checkpoint, which is not read yet; expected a .gguf or .safetensors file, or a Hugging "
-            f"Face folder with the same weights"
-        )
+def _is_no_tree(params: Mapping[str, Any]) -> bool:
+    """A decoder has an embedder on top; an encoder and decoder have one each."""
+    sides = [params.get(side) for side in ("encoder", "decoder")]
+    return "embedder" not in params and not all(isinstance(side, Mapping) and "embedder" in side for side in sides)
 
 
-def _config(checkpoint: Checkpoint) -> configs.GemmaConfig:
-    config = checkpoint.config()
-    if not isinstance(config, configs.GemmaConfig):
-        raise UnsupportedError(
-            f"{checkpoint.path}: holds a {type(config).__name__.removesuffix('Config')} model; gm.ckpts reads Gemma "
-            f"text models and Gemma 3"
-        )
-    return config
+def match(like: Mapping[str, Any], leaves: Mapping[str, Leaf], path: os.PathLike[str]) -> dict[str, str]:
+    """Which leaf of the checkpoint each leaf of `params` is. `params` must ask for exactly what the checkpoint has.
 
-
-def _leaves(checkpoint: Checkpoint, config: configs.GemmaConfig, text_only: bool) -> Iterator[Leaf]:
-    """Each leaf of the tree with the tensors that make it up, in the table's order."""
-    leaves: dict[str, list[tuple[weights.Tensor, TensorReader]]] = {}
-    for tensor, reader in load_tensors(checkpoint, config, text_only=text_only):
-        leaves.setdefault(tensor.slots["flax"].name, []).append((tensor, reader))
-    yield from leaves.items()
-
-
-def _dtype_of(name: str, parts: list, target: Any, dtype: DType | None) -> Any:
-    if target is not None:
-        return target.dtype
-    if any(part in name.split("/") for part in _ALWAYS_FLOAT32):
-        return np.float32
-    if dtype is not None:
-        return jnp.dtype(dtype)
-    stored = {reader.dtype for _, reader in parts}
-    return jnp.bfloat16 if stored == {"BF16"} else np.float32
-
-
-def _read_leaf(name: str, parts: list, config: configs.GemmaConfig, dtype: np.dtype) -> np.ndarray:
-    """One leaf, filled slot by slot."""
-    shape = parts[0][0].slots["flax"].shape
-    rows = config.table_rows
-    if name == "embedder/input_embedding" and shape[0] < rows:
-        shape = (rows, *shape[1:])  # the JAX table is padded
-    buffer = aligned_empty(shape, dtype)
-    for tensor, reader in parts:
-        slot = tensor.slots["flax"]
-        part = buffer[slot.index] if slot.index else buffer
-        if slot.rows is not None:
-            part = part[slice(*slot.rows)]
-        filled = part[: tensor.shape[0]] if tensor.name == "embed" else part
-        if slot.axes == tensor.axes:
-            reader(out=filled)
-        else:
-            filled[...] = weights.convert(reader(dtype), tensor.axes, slot.axes, tensor.dims)
-        part[len(filled) :] = 0
-    return buffer
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised C-contiguous array that JAX can take over without copying."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _sharding_of(name: str, sharding: Any, target: Any) -> Any:
-    if target is not None:
-        return getattr(target, "sharding", None)  # a ShapeDtypeStruct may have none, a numpy array has none
-    if isinstance(sharding, Mapping):
-        for key in name.split("/"):
-            sharding = sharding[key]
-    return sharding
-
-
-def _check_structure(like: Mapping[str, Any], config: configs.GemmaConfig, text_only: bool, path: Path) -> bool:
-    """`params` must ask for exactly what the checkpoint has; lists every difference. Returns whether text only."""
-    vision = any(name.startswith("vision_encoder/") for name in like)
-    if vision and config.vision is None:
+    Raises:
+      CheckpointError: they want a vision tower that is not there.
+      WeightsMismatch: with every difference.
+    """
+    if any(name.split("/")[0] == VISION for name in like) and not any(leaf.of_vision for leaf in leaves.values()):
         raise CheckpointError(f"`params` hold a vision encoder, but {path} has none.")
-    text_only = text_only or not vision
-    if text_only:
-        config = configs.text_only(config)
-    expected = weights.expected(config, "flax")
-    table = "embedder/input_embedding"
-    expected[table] = (config.table_rows, *expected[table][1:])
+    names = {name: stored_name(name, leaves) for name in like}
     misshaped = [
-        f"{name}: expected {tuple(like[name].shape)} (of `params`), got {shape}"
-        for name, shape in expected.items()
-        if name in like and tuple(like[name].shape) != shape
+        f"{name}: expected {tuple(like[name].shape)} (of `params`), got {leaves[stored].shape}"
+        for name, stored in names.items()
+        if stored in leaves and tuple(like[name].shape) != leaves[stored].shape
     ]
-    missing, unexpected = sorted(set(like) - set(expected)), sorted(set(expected) - set(like))
+    twice = {stored for stored, count in Counter(names.values()).items() if count > 1}
+    missing = sorted(name for name, stored in names.items() if stored not in leaves or stored in twice)
+    unexpected = sorted(set(leaves) - set(names.values()))
     if missing or unexpected or misshaped:
         hint = "`params` (its names are the missing ones) ask for another model than the checkpoint holds."
         raise WeightsMismatch(path, missing=missing, unexpected=unexpected, misshaped=misshaped, hint=hint)
-    return text_only
+    return names
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}/") if isinstance(value, Mapping) else {name: value}
-    return flat
+def stored_name(name: str, leaves: Mapping[str, Leaf]) -> str:
+    """The leaf of the checkpoint that one of `params` is: the same name, or the same weight under another wrapping."""
+    if name in leaves:
+        return name
+    plain = _detect.plain_name(name)
+    if plain is None or plain in leaves:
+        return plain or name
+    return _quantization.qat_name(plain)
 
 
-def _insert(tree: dict[str, Any], name: str, leaf: jax.Array) -> None:
+def read(leaf: Leaf, name: str, target: Any, dtype: DType | None, sharding: Any) -> jax.Array:
+    """One leaf as an array; `target` (of `params`) decides dtype and place, else the arguments of `load_params`."""
+    if target is not None:
+        where = getattr(target, "sharding", None)  # a ShapeDtypeStruct may have none, a numpy array has none
+        return leaf.array(np.dtype(target.dtype), where)
+    chosen = leaf.dtype if dtype is None or leaf.of_vision or not leaf.is_float else np.dtype(jnp.dtype(dtype))
+    return leaf.array(chosen, _sharding_of(name, sharding))
+
+
+def _shapes(names: Mapping[str, str], leaves: Mapping[str, Leaf]) -> dict[str, Any]:
+    """The tree that will be read, as shapes, for a strategy to look at."""
+    tree: dict[str, Any] = {}
+    for name, stored in names.items():
+        insert(tree, name, jax.ShapeDtypeStruct(leaves[stored].shape, leaves[stored].dtype))
+    return tree
+
+
+def _sharding_of(name: str, sharding: Any) -> Any:
+    for key in name.split("/"):
+        if not isinstance(sharding, Mapping):
+            break
+        if key not in sharding:
+            raise CheckpointError(f"`sharding` has no entry for {name}: expected {key!r} among {', '.join(sharding)}")
+        sharding = sharding[key]
+    return sharding
+
+
+def insert(tree: dict[str, Any], name: str, leaf: Any) -> None:
+    """Puts a leaf into a nested tree under its slash name."""
     *folders, last = name.split("/")
     for folder in folders:
         tree = tree.setdefault(folder, {})
     tree[last] = leaf
 
 
-def _free(like: dict[str, Any]) -> None:
+def free(like: dict[str, Any]) -> None:
     """Deletes the arrays of `params`; what is left of each says dtype and sharding."""
     for name, array in like.items():
         if isinstance(array, jax.Array):
             like[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
             array.delete()
+
+
+def release(params: Any) -> int:
+    """Frees the memory of a tree's arrays at once, instead of when Python forgets the last name for it.
+
+    Args:
+      params: any tree; its arrays cannot be used afterwards. Arrays that were freed before are passed over.
+
+    Returns:
+      How many bytes were freed, over all devices of this process.
+    """
+    freed = 0
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            freed += sum(shard.data.nbytes for shard in leaf.addressable_shards)
+            leaf.delete()
+    return freed
+
+
+__all__ = ["aligned_empty", "check_dtype", "load_params", "release"]

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gemma import testing, weights
-from gemma.errors import CheckpointError, CheckpointNotFound, UnsupportedError, WeightsMismatch
+from gemma.errors import CheckpointError, CheckpointNotFound, FormatError, UnsupportedError, WeightsMismatch
 from gemma.gm import ckpts, nn
 from gemma.gm.ckpts import _load
 
@@ -93,17 +93,14 @@ def test_packed_types_become_float32_unless_told(tmp_path):
     assert {leaf.dtype for leaf in half.values()} == {jnp.dtype("bfloat16")}
 
 
-def test_the_padded_table(tmp_path):
-    config = testing.tiny_config("gemma2", flax_vocab_rows=328)
-    testing.write_tiny_safetensors(tmp_path, testing.tiny_config("gemma2"))
-    tensors = testing.random_tensors(testing.tiny_config("gemma2"))
-    from gemma.checkpoint import open_checkpoint
-
-    with open_checkpoint(tmp_path) as checkpoint:
-        leaves = dict(_load._leaves(checkpoint, testing.tiny_config("gemma2"), False))
-        table = _load._read_leaf("embedder/input_embedding", leaves["embedder/input_embedding"], config, np.dtype("f4"))
-    assert table.shape == (328, 72) and not table[320:].any()
-    np.testing.assert_array_equal(table[:320], tensors["embed"])
+@pytest.mark.parametrize("rows", [328, 256])
+def test_the_rows_of_the_table(tmp_path, rows):
+    """The JAX table of Gemma 2 is longer than Hugging Face's, that of Gemma 3 with images shorter."""
+    config = testing.tiny_config("gemma2", flax_vocab_rows=rows)
+    testing.write_tiny_safetensors(tmp_path, config)
+    table = np.asarray(ckpts.load_params(tmp_path)["embedder"]["input_embedding"])
+    assert table.shape == (rows, 72) and not table[320:].any()
+    np.testing.assert_array_equal(table[:320], testing.random_tensors(config)["embed"][:rows])
 
 
 def resave(folder, target, dtype):
@@ -171,8 +168,6 @@ def test_arguments_that_exclude_each_other(saved):
     with pytest.raises(ValueError, match="has none"):
         ckpts.load_params(folder, params=params | {"vision_encoder": {"x": params["final_norm"]["scale"]}})
     assert not params["final_norm"]["scale"].is_deleted()  # what is refused is not donated
-    with pytest.raises(UnsupportedError, match="quantize=True"):
-        ckpts.load_params(folder, quantize=True)
 
 
 def test_params_of_another_model(saved):
@@ -200,7 +195,7 @@ def test_what_cannot_be_read(tmp_path):
         ckpts.load_params(tmp_path / "nothing")
     (tmp_path / "orbax").mkdir()
     (tmp_path / "orbax" / "_METADATA").write_text("{}")
-    with pytest.raises(UnsupportedError, match=r"Orbax.*not read yet"):
+    with pytest.raises(FormatError, match="tree_metadata: expected an object"):
         ckpts.load_params(tmp_path / "orbax")
 
 
