@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""float32 rows to the blocks of Q8_0, Q5_0, Q4_0 (byte-equal to ggml), F16, BF16, SFP8, and INT8 / INT4 per channel.
+"""float32 rows to the blocks of Q8_0, Q5_x, Q4_x (byte-equal to ggml), F16, BF16, SFP8, and INT8 / INT4 per channel.
 
 Encoders take float32 [n, block_size] of finite values and return uint8 [n, block_bytes]; the caller has checked both.
-The types that need a search (Q4_K and its like) have no encoder here. `_quants_decode.py` is the inverse.
+Those of `WEIGHTED` also take weights [n, block_size] and then search, as ggml does with an importance matrix. The
+super-blocks (Q4_K and its like) are in `_quants_encode_k.py`. `_quants_decode.py` is the inverse.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+from gemma._quants_fit import columns, fit_signed, fit_with_min, rows
 
 _SFP8_MAX = np.float32(1.875)
 
@@ -59,8 +62,40 @@ def _q4_0(x):
 
 def _q5_0(x):
     d, codes = _signed_codes(x, 16)
-    fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return _with_scale(d, fifth, (codes[:, :16] & 15) | (codes[:, 16:] << 4))
+    return _with_scale(d, np.packbits(codes >> 4, axis=1, bitorder="little"), _low_nibbles(codes))
+
+
+def _codes_from_minimum(x, top):
+    """d, minimum and codes 0..top of the types that store both; rounding is half up, of the value as it is."""
+    low = x.min(axis=1, keepdims=True)
+    d = (x.max(axis=1, keepdims=True) - low) / np.float32(top)
+    with np.errstate(invalid="ignore", over="ignore"):
+        codes = _int8((x - low) * _inverse(d) + np.float32(0.5))
+    return d, low, np.minimum(codes, np.int8(top)).view(np.uint8)
+
+
+def _q4_1(x):
+    return _pack_4_1(*_codes_from_minimum(x, 15))
+
+
+def _q5_1(x):
+    return _pack_5_1(*_codes_from_minimum(x, 31))
+
+
+def _pack_4_1(d, low, codes):
+    with np.errstate(over="ignore"):
+        minimum = low.astype("<f2").reshape(-1, 1).view(np.uint8)
+    return _with_scale(d, minimum, codes[:, :16] | (codes[:, 16:] << 4))
+
+
+def _pack_5_1(d, low, codes):
+    with np.errstate(over="ignore"):
+        minimum = low.astype("<f2").reshape(-1, 1).view(np.uint8)
+    return _with_scale(d, minimum, np.packbits(codes >> 4, axis=1, bitorder="little"), _low_nibbles(codes))
+
+
+def _low_nibbles(codes):
+    return (codes[:, :16] & 15) | (codes[:, 16:] << 4)
 
 
 def _f32(x):
@@ -79,6 +114,35 @@ def _bf16(x):
 
 
 ENCODERS = {"F32": _f32, "F16": _f16, "BF16": _bf16, "Q4_0": _q4_0, "Q5_0": _q5_0, "Q8_0": _q8_0}
+ENCODERS |= {"Q4_1": _q4_1, "Q5_1": _q5_1}
+
+
+def _q4_0_weighted(x, w):
+    d, codes = fit_signed(columns(x, 32), columns(w, 32), 8)
+    return _with_scale(d, _low_nibbles(rows(codes(), len(x))))
+
+
+def _q5_0_weighted(x, w):
+    d, codes = fit_signed(columns(x, 32), columns(w, 32), 16)
+    codes = rows(codes(), len(x))
+    return _with_scale(d, np.packbits(codes >> 4, axis=1, bitorder="little"), _low_nibbles(codes))
+
+
+_TRIALS = (-0.9, 0.05, 37)  # see fit_with_min
+
+
+def _q4_1_weighted(x, w):
+    d, low, codes = fit_with_min(columns(x, 32), columns(w, 32), 15, _TRIALS)
+    return _pack_4_1(d, low, rows(codes(), len(x)))
+
+
+def _q5_1_weighted(x, w):
+    d, low, codes = fit_with_min(columns(x, 32), columns(w, 32), 31, _TRIALS)
+    return _pack_5_1(d, low, rows(codes(), len(x)))
+
+
+# Types of 32 values that use an importance matrix: the weights are importance * sqrt(mean square of the row + x**2).
+WEIGHTED = {"Q4_0": _q4_0_weighted, "Q5_0": _q5_0_weighted, "Q4_1": _q4_1_weighted, "Q5_1": _q5_1_weighted}
 
 
 def encode_sfp8(x: np.ndarray) -> np.ndarray:

@@ -82,6 +82,14 @@ def read_tokenizer_json(source) -> JsonEngine:
     Raises:
       TokenizerError: no JSON, too large, or another tokenizer's pipeline; the field is named.
     """
+    vocabulary, ids, merges, added = read_parts(source)
+    control = set(special_ids(vocabulary))
+    content = [(token["content"], bool(token.get("normalized"))) for token in added if token["content"] not in control]
+    return JsonEngine(vocabulary, ids, merges, content, source.path)
+
+
+def read_parts(source) -> tuple[Vocabulary, dict[str, int], list[tuple[str, str]], list[dict[str, Any]]]:
+    """(vocabulary with its special pieces hidden and scores of zero, piece to id, merges in order, added tokens)."""
     path = source.path
     root = _Field(_parse(source), path, "")
     for name, allowed in (("normalizer", _NORMALIZERS), ("pre_tokenizer", _PRE_TOKENIZERS), ("decoder", _DECODERS)):
@@ -96,10 +104,7 @@ def read_tokenizer_json(source) -> JsonEngine:
     added = _added_tokens(root, ids)
     vocabulary = _vocabulary(ids, added, model)
     hide_special(vocabulary)
-    control = set(special_ids(vocabulary))
-    merges = _merges(model, ids, control)
-    content = [(token["content"], bool(token.get("normalized"))) for token in added if token["content"] not in control]
-    return JsonEngine(vocabulary, ids, merges, content, path)
+    return vocabulary, ids, _merges(model, ids, set(special_ids(vocabulary))), added
 
 
 # --- parsing

@@ -131,7 +131,7 @@ def _from_gguf_file(source) -> Engine:
             found = checkpoint.tokenizer_source()
         if found is None:
             raise TokenizerError(f"{source.path}: this GGUF file carries no tokenizer; pass a tokenizer file")
-        return _gguf_vocabulary(found)
+        return gguf_vocabulary(found)
 
     if end > MAX_GGUF_HEADER:
         return _engine(read(), source.path)
@@ -143,6 +143,8 @@ def _from_gguf_file(source) -> Engine:
 
 def source_engine(source: TokenizerSource) -> Engine:
     """The engine of what a checkpoint says about its tokenizer."""
+    if source.model is not None:
+        return _from_model(source.model, _name(source))
     if source.kind in ("sentencepiece", "tokenizer.json"):
         if source.path is None:
             raise TokenizerError(f"a TokenizerSource of kind {source.kind!r} needs a path, got None")
@@ -158,14 +160,14 @@ def source_engine(source: TokenizerSource) -> Engine:
     digest.update("\0".join(source.pieces).encode("utf-8", "surrogatepass"))
     digest.update(np.ascontiguousarray(source.scores, "<f4").tobytes())
     digest.update(np.ascontiguousarray(source.types, "<i4").tobytes())
-    return _cached(digest.hexdigest(), lambda: _gguf_vocabulary(source), _name(source))
+    return _cached(digest.hexdigest(), lambda: gguf_vocabulary(source), _name(source))
 
 
 def _name(source: TokenizerSource):
     return "the vocabulary" if source.path is None else source.path
 
 
-def _gguf_vocabulary(source: TokenizerSource) -> Vocabulary:
+def gguf_vocabulary(source: TokenizerSource) -> Vocabulary:
     path = _name(source)
     if source.flags.get("add_space_prefix"):
         raise TokenizerError(f"{path}: tokenizer.ggml.add_space_prefix is true: no Gemma adds a space before a text")

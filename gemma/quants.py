@@ -2,22 +2,25 @@
 """Quantized weights as data: the types, one packed matrix, and both directions between it and floats.
 
 A packed matrix keeps the bytes of a GGUF file. Arithmetic on it belongs to the kernels; bytes in and out of files to
-`checkpoint.py`. The bit work is in `_quants_decode.py` and `_quants_encode.py`. Axes: rows are outputs, columns are
-inputs (the contracting axis), and blocks run along the columns.
+`checkpoint.py`. The bit work is in `_quants_decode.py`, `_quants_encode.py` and `_quants_encode_k.py`; which tensor of
+a file gets which type is `_quants_mixes.py`. Axes: rows are outputs, columns are inputs (the contracting axis), and
+blocks run along the columns.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import enum
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
 
-from gemma import _quants_decode, _quants_encode
-from gemma.errors import CheckpointError, ShapeError, UnsupportedError
+from gemma import _quants_decode, _quants_encode, _quants_encode_k
+from gemma.errors import CheckpointError, ShapeError
 
 _FLOATS = {"float32", "bfloat16", "float16"}
 
@@ -169,64 +172,152 @@ def dequantize(
     return out
 
 
-def quantize(x: np.ndarray, type: QuantType) -> PackedTensor:
+def quantize(
+    x: np.ndarray, type: QuantType, *, importance: np.ndarray | None = None, threads: int | None = None
+) -> PackedTensor:
     """Packs a float matrix [rows, cols] (or a vector).
 
-    Q4_0, Q5_0 and Q8_0 equal ggml byte for byte; F16 and BF16 round to nearest even; SFP8, INT8 and INT4 as their
-    decoders say. The other types need a search that is not here.
+    Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 equal ggml byte for byte; the K types search as ggml does, with its error; F16 and
+    BF16 round to nearest even; SFP8, INT8 and INT4 as their decoders say.
+
+    Args:
+      x: float32, float16, bfloat16 or float64, of any layout; it is read in chunks of rows.
+      type: how to store it.
+      importance: float32 [cols], the mean square of each input (an importance matrix): the search of Q4_x, Q5_x and
+        the K types then minimizes the error weighted by it. The other types do not look at it.
+      threads: how many to use; None: one for each processor of this process. The result does not depend on it.
 
     Raises:
-      ShapeError: not a float array, or rows that are not whole blocks.
+      ShapeError: not a float array, rows that are not whole blocks, or an importance that does not fit.
       CheckpointError: NaN or infinite values, or values whose scale does not fit float16.
-      UnsupportedError: a type without an encoder.
     """
     if x.dtype.name not in (*_FLOATS, "float64"):
         raise ShapeError(f"quantize: expected a float array, got {x.dtype}")
     rows, columns = _rows_columns(x.shape)
     width = type.row_bytes(columns)
-    if type.name not in _quants_encode.ENCODERS and not type.has_scale:
-        able = [t.name for t in QuantType if t.name in _quants_encode.ENCODERS or t.has_scale]
-        raise UnsupportedError(f"quantize: {type.name} has no encoder; the types that have one: {', '.join(able)}")
+    importance = _checked_importance(importance, columns, type)
     flat = x.reshape(rows, columns)
     scale = np.ones(1 if type is QuantType.SFP8 else rows, np.float32) if type.has_scale else None
     if type is QuantType.SFP8:
-        peaks = [np.abs(part).max(initial=0) for _, part in _row_chunks(flat, type)]
+        peaks = [np.abs(_finite(flat, part, type)).max(initial=0) for part in _row_chunks(flat)]
         scale[0] = _quants_encode.sfp8_scale(np.asarray(peaks, np.float32))
     data = np.empty((rows, width), np.uint8)
-    for start, part in _row_chunks(flat, type):
-        rows_here = slice(start, start + len(part))
+
+    def encode(part: slice) -> None:
+        values = _finite(flat, part, type)
         if type is QuantType.SFP8:
-            data[rows_here] = _quants_encode.encode_sfp8(_quants_encode.fit_sfp8(part, scale[0]))
+            data[part] = _quants_encode.encode_sfp8(_quants_encode.fit_sfp8(values, scale[0]))
         elif type.has_scale:
-            codes, scale[rows_here] = _quants_encode.encode_channels(part, 127 if type is QuantType.INT8 else 7)
-            data[rows_here] = codes.view(np.uint8) if type is QuantType.INT8 else _quants_encode.pack_nibbles(codes)
+            codes, scale[part] = _quants_encode.encode_channels(values, 127 if type is QuantType.INT8 else 7)
+            data[part] = codes.view(np.uint8) if type is QuantType.INT8 else _quants_encode.pack_nibbles(codes)
         else:
-            packed = _quants_encode.ENCODERS[type.name](part.reshape(-1, type.block_size))
-            _check_scales(packed, type, start)
-            data[rows_here] = packed.reshape(len(part), width)
+            packed = _encode_blocks(values, type, importance)
+            _check_scales(packed, type, part.start)
+            data[part] = packed.reshape(len(values), width)
+
+    parts = list(_row_chunks(flat))
+    workers = min(len(parts), _processors() if threads is None else max(1, threads))
+    if workers < 2:
+        for part in parts:
+            encode(part)
+    else:
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            for _ in pool.map(encode, parts):  # the error of the first rows, if several have one
+                pass
     return PackedTensor(type, tuple(x.shape), data, scale)
 
 
-def _row_chunks(flat: np.ndarray, type: QuantType):
-    """(first row, float32 rows) in chunks; a row with NaN or infinity is refused."""
+def quantization_error(x: np.ndarray, packed: PackedTensor) -> tuple[float, float]:
+    """(largest absolute difference, root of the mean square difference) of a matrix and its packed form, in x's units.
+
+    Memory: a few chunks of rows.
+    """
+    if tuple(x.shape) != packed.shape:
+        raise ShapeError(f"expected the matrix {packed.shape} that was packed, got {tuple(x.shape)}")
+    flat, worst, total = x.reshape(-1, x.shape[-1]), 0.0, 0.0
+    for part in _row_chunks(flat):
+        scale = packed.scale if packed.scale is None or packed.scale.size == 1 else packed.scale[part]
+        values = PackedTensor(packed.type, flat[part].shape, packed.data[part], scale).dequantize()
+        values -= flat[part].astype(np.float32, copy=False)
+        worst = max(worst, float(np.abs(values).max(initial=0)))
+        total += float(np.einsum("ij,ij->", values, values, dtype=np.float64))
+    return worst, math.sqrt(total / max(1, flat.size))
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _checked_importance(importance: np.ndarray | None, columns: int, type: QuantType) -> np.ndarray | None:
+    """float32 [columns], or None where there is none or the type does not use it."""
+    if importance is None:
+        return None
+    importance = np.asarray(importance)
+    if importance.shape != (columns,) or importance.dtype.kind != "f":
+        raise ShapeError(
+            f"importance: expected float32 ({columns},), one for each input, got {importance.dtype} {importance.shape}"
+        )
+    importance = importance.astype(np.float32, copy=False)
+    if not np.isfinite(importance).all() or importance.min() < 0:
+        raise ShapeError("importance: expected finite numbers of at least 0; collect the matrix anew")
+    if type.name not in _quants_encode.WEIGHTED and type.name not in _quants_encode_k.ENCODERS_K:
+        return None
+    # An input that was never active still counts a little: a block of such inputs would become zero otherwise.
+    return np.maximum(importance, np.float32(1e-9) * importance.max(initial=0) or np.float32(1))
+
+
+def _encode_blocks(values: np.ndarray, type: QuantType, importance: np.ndarray | None) -> np.ndarray:
+    """float32 [rows, columns] to uint8 [blocks, block_bytes]."""
+    size = type.block_size
+    blocks = values.reshape(-1, size)
+    spread = None
+    if importance is not None:
+        spread = np.broadcast_to(importance, values.shape).reshape(-1, size)
+    if type.name in _quants_encode_k.ENCODERS_K:
+        return _quants_encode_k.encode_k(type.name, blocks, spread)
+    if spread is None:
+        return _quants_encode.ENCODERS[type.name](blocks)
+    with np.errstate(all="ignore"):  # huge values overflow in sums; the scales are checked afterwards
+        squares = values * values
+        squares += squares.mean(axis=1, keepdims=True)
+        return _quants_encode.WEIGHTED[type.name](blocks, spread * np.sqrt(squares).reshape(-1, size))
+
+
+def _row_chunks(flat: np.ndarray) -> Iterator[slice]:
+    """Slices of rows, about a million values each."""
     step = max(1, (1 << 20) // max(1, flat.shape[1]))
     for start in range(0, len(flat), step):
-        part = np.ascontiguousarray(flat[start : start + step], np.float32)
-        bad = ~np.isfinite(part)
-        if bad.any():
-            row, column = (int(i[0]) for i in np.nonzero(bad))
-            raise CheckpointError(
-                f"cannot be packed as {type.name}: expected finite float32 values, got {part[row, column]} "
-                f"at [{start + row}, {column}] and {int(bad.sum()) - 1} more in these rows; repair the weights first"
-            )
-        yield start, part
+        yield slice(start, start + step)
+
+
+def _finite(flat: np.ndarray, part: slice, type: QuantType) -> np.ndarray:
+    """Some rows as contiguous float32; rows with NaN or infinity are refused."""
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(flat[part], np.float32)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row, column = (int(i[0]) for i in np.nonzero(bad))
+        raise CheckpointError(
+            f"cannot be packed as {type.name}: expected finite float32 values, got {values[row, column]} "
+            f"at [{part.start + row}, {column}] and {int(bad.sum()) - 1} more in these rows; repair the weights first"
+        )
+    return values
+
+
+# Where the fp16 numbers of a block stand, by type; the block types without a line begin with their only one.
+_HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,)}
+_HALVES |= {"Q6_K": (208,)}
 
 
 def _check_scales(packed: np.ndarray, type: QuantType, row: int) -> None:
     if type.is_float and type is not QuantType.F16:
         return
-    halves = packed.view("<f2") if type is QuantType.F16 else packed[:, :2].copy().view("<f2")
-    if np.isinf(halves).any():
+    if type is QuantType.F16:
+        halves = packed.view("<u2")
+    else:
+        places = [i for at in _HALVES.get(type.name, (0,)) for i in (at, at + 1)]
+        halves = np.ascontiguousarray(packed[:, places]).view("<u2")
+    if ((halves & 0x7C00) == 0x7C00).any():
         raise CheckpointError(
             f"cannot be packed as {type.name}: values from row {row} on are too large for float16 (65504); use BF16"
         )

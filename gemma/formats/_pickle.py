@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma.errors import FormatError
 
-MAX_OPERATIONS = 2_000_000  # a state dict of a thousand tensors takes some 40,000
+MAX_OPERATIONS = 500_000  # a state dict of a thousand tensors takes some 40,000; each may cost 100 bytes
 _MARK = object()
 
 
@@ -38,6 +38,15 @@ class _Name:
 
     module: str
     name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """What a persistent id names. A class of its own, since a pickle can build any tuple but not this."""
+
+    kind: str
+    key: str
+    size: int
 
 
 _KINDS = "Float BFloat16 Half Double Char Byte Short Int Long Bool ComplexFloat"
@@ -103,14 +112,14 @@ class _Machine:
             )
         return found
 
-    def persistent(self, pid: Any) -> tuple:
+    def persistent(self, pid: Any) -> _Storage:
         fields = pid if type(pid) is tuple and len(pid) == 5 else ()
         if not fields or fields[0] != "storage" or not isinstance(fields[1], _Name) or fields[1].name not in STORAGES:
             raise self.fail("expected a storage of a known type as persistent id")
         _, kind, key, _location, size = fields
         if type(key) is not str or type(size) is not int or not 0 <= size < 2**48:
             raise self.fail(f"a storage with key {_shown(key)} and size {_shown(size)}")
-        return (kind.name, key, size)
+        return _Storage(kind.name, key, size)
 
     def reduce(self) -> Any:
         arguments, function = self.pop(), self.pop()
@@ -125,14 +134,13 @@ class _Machine:
         raise self.fail(f"{function.name}: unexpected arguments")
 
     def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRecord:
-        known = type(storage) is tuple and len(storage) == 3 and storage[0] in STORAGES
         numbers = all(
             type(part) is tuple and len(part) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in part)
             for part in (shape, stride)
         )
-        if not known or not numbers or len(shape) != len(stride) or type(offset) is not int or not 0 <= offset < 2**48:
+        if type(storage) is not _Storage or not numbers or len(shape) != len(stride) or type(offset) is not int or not 0 <= offset < 2**48:
             raise self.fail(f"a tensor of shape {_shown(shape)}, stride {_shown(stride)}, offset {_shown(offset)}")
-        return TensorRecord(storage[0], storage[1], storage[2], offset, shape, stride)
+        return TensorRecord(storage.kind, storage.key, storage.size, offset, shape, stride)
 
     def step(self, name: str, argument: Any) -> None:
         """Executes one operation."""

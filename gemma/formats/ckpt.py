@@ -26,7 +26,7 @@ from gemma.formats._zip import Member, read_member, read_members
 
 STATE = "model_state_dict"  # where gemma_pytorch keeps the weights
 SCALER = "_scaler"  # `NAME_scaler` holds one factor per output row of an int8 `NAME`
-_MAX_PICKLE = 1 << 24
+_MAX_PICKLE = 1 << 23
 _ALIGNMENT = 64
 _DTYPES = {
     "FloatStorage": ("F32", 4),

@@ -23,7 +23,7 @@ from gemma.formats.gguf import Gguf, Value
 
 # `general.architecture` to (model_type of the text decoder, presets of the family). The first preset is the
 # representative: it lends what all members share to a file of a size that is not published.
-_FAMILIES = {
+FAMILIES = {
     "gemma": ("gemma", ("gemma_2b", "gemma_7b")),
     "gemma2": ("gemma2", ("gemma2_2b", "gemma2_9b", "gemma2_27b")),
     "gemma3": ("gemma3_text", ("gemma3_270m", "gemma3_1b", "gemma3_4b", "gemma3_12b", "gemma3_27b")),
@@ -104,9 +104,9 @@ def architecture(gguf: Gguf) -> str:
     """`general.architecture` of a text model of the family; anything else is an UnsupportedError."""
     fields = _Fields(gguf)
     name, kind = fields.text("general.architecture", required=True), fields.text("general.type")
-    if name not in _FAMILIES or kind not in (None, "model"):
+    if name not in FAMILIES or kind not in (None, "model"):
         raise UnsupportedError(
-            f"{gguf.source.path}: expected a model of architecture {', '.join(_FAMILIES)}, "
+            f"{gguf.source.path}: expected a model of architecture {', '.join(FAMILIES)}, "
             f"got architecture {name!r:.80}, type {kind or 'model'!r:.80}"
         )
     if fields.whole("split.count", 0, 2**16, 0) > 1:
@@ -123,12 +123,9 @@ def read_gguf_config(gguf: Gguf) -> GemmaConfig:
       ConfigError: the values contradict each other.
     """
     arch, fields = architecture(gguf), _Fields(gguf)
-    model_type, presets = _FAMILIES[arch]
+    model_type = FAMILIES[arch][0]
     sizes = _sizes(fields, arch)
-    members = [PRESETS[name] for name in presets]
-    twin = next((p for p in members if all(sizes[key] == getattr(p, key) for key in _SIZES)), None)
-    # Facts without a key of their own: the published model of these sizes, else what its family shares.
-    base = twin or dataclasses.replace(members[0], query_pre_attn_scalar=None)
+    base = _base(arch, sizes)
     values = sizes | _attention(fields, arch, base) | _token_fields(fields)
     values |= dict(model_type=model_type, vision=None, vocab_size=vocabulary_rows(gguf))
     values["tie_word_embeddings"] = _names()[1] not in gguf.tensors  # a file has a head only where it differs
@@ -136,6 +133,19 @@ def read_gguf_config(gguf: Gguf) -> GemmaConfig:
         return dataclasses.replace(base, **values)
     except ConfigError as error:
         raise ConfigError(f"{gguf.source.path}: {error}") from None
+
+
+def _base(arch: str, sizes: dict[str, int]) -> GemmaConfig:
+    """Facts without a key of their own: the published model of these sizes, else what its family shares."""
+    members = [PRESETS[name] for name in FAMILIES[arch][1]]
+    twin = next((p for p in members if all(sizes[key] == getattr(p, key) for key in _SIZES)), None)
+    return twin or dataclasses.replace(members[0], query_pre_attn_scalar=None)
+
+
+def family_base(arch: str, config: GemmaConfig) -> GemmaConfig:
+    """What a reader assumes about a file of these sizes where it says nothing; sizes that must agree are `config`'s."""
+    sizes = {key: getattr(config, key) for key in _SIZES}
+    return dataclasses.replace(_base(arch, sizes), **sizes, num_key_value_heads=config.num_key_value_heads)
 
 
 def _sizes(fields: _Fields, arch: str) -> dict[str, int]:
@@ -231,7 +241,7 @@ def token_ids(gguf: Gguf) -> dict[str, int]:
 @functools.cache
 def _names() -> tuple[str, str]:
     """The file's names of the embedding and of a head of its own, from the weight table."""
-    untied = dataclasses.replace(PRESETS[_FAMILIES["gemma3"][1][0]], tie_word_embeddings=False)
+    untied = dataclasses.replace(PRESETS[FAMILIES["gemma3"][1][0]], tie_word_embeddings=False)
     names = {tensor.name: tensor.slots["gguf"].name for tensor in weights.tensors(untied) if "gguf" in tensor.slots}
     return names["embed"], names["head"]
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from gemma.errors import FormatError, ShapeError, UnsupportedError
 from gemma.formats._source import Source
-from gemma.formats._zip import Inflated, Member, read_members
+from gemma.formats._zip import Inflated, Member, Verified, read_members, read_start
 from gemma.formats.safetensors import DTYPES, MAX_DIMS
 
 _MAX_HEADER = 4096  # bytes; an array of this family needs about 120
@@ -38,7 +38,7 @@ class NpzArray:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    source: Source | Inflated
+    source: Verified | Inflated
     offset: int
     nbytes: int
 
@@ -50,24 +50,24 @@ def read_npz(source: Source) -> dict[str, NpzArray]:
       FormatError: a member that is no array, or whose size is not that of its header.
       UnsupportedError: Python objects, big-endian or column-major arrays, or another type than the family has.
     """
-    arrays = {}
-    for member in read_members(source).values():
+    arrays, members = {}, read_members(source)
+    whole = Verified(source, members.values())
+    for member in members.values():
         if member.name.endswith("/"):
             continue
         if not member.name.endswith(".npy"):
             raise FormatError(source.path, member.offset, f"member {member.name}: expected only .npy arrays")
         name = member.name.removesuffix(".npy")
-        arrays[name] = _array(source, member, name)
+        arrays[name] = _array(source, member, name, whole)
     if not arrays:
         raise FormatError(source.path, None, "an archive without arrays")
     return arrays
 
 
-def _array(source: Source, member: Member, name: str) -> NpzArray:
-    where = Inflated(source, member) if member.deflated else source
+def _array(source: Source, member: Member, name: str, whole: Verified) -> NpzArray:
+    where = Inflated(source, member) if member.deflated else whole
     start = 0 if member.deflated else member.offset
-    head = where.read(start, min(_MAX_HEADER, member.nbytes)).tobytes()
-    where.release(start, 0)
+    head = read_start(source, member, _MAX_HEADER).tobytes()
     dtype, fortran, shape, offset = _header(source, member, name, head)
     title = _TITLES.get(dtype)
     if title is None:
@@ -76,6 +76,8 @@ def _array(source: Source, member: Member, name: str) -> NpzArray:
         raise UnsupportedError(f"{source.path}: {name} is stored column by column; save it with order='C'")
     if len(shape) > MAX_DIMS:
         raise FormatError(source.path, member.offset, f"{name}: at most {MAX_DIMS} dimensions, got {len(shape)}")
+    if 0 in shape:
+        raise FormatError(source.path, member.offset, f"{name}: shape {shape} holds no values")
     nbytes = math.prod(shape) * dtype.itemsize
     if offset + nbytes != member.nbytes:
         raise FormatError(

@@ -14,14 +14,15 @@ import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from json.decoder import scanstring
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from gemma._atomic import atomic_file
 from gemma.errors import CheckpointNotFound, FormatError, ShapeError, UnsupportedError
 from gemma.formats._source import Source
 
@@ -274,6 +275,19 @@ def open_shards(index: Path, *, mmap: bool = True) -> list[Safetensors]:
     return shards
 
 
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a file to be: `dtype` is one of `DTYPES`' values."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -284,53 +298,93 @@ def write_safetensors(
 
     Raises:
       ShapeError: a name, dtype or metadata value that the format cannot hold.
+      SaveError: the file cannot be written; what was there before is unchanged.
     """
-    path, header, end = Path(path), {}, 0
+    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in tensors.items()]
+    header(specs, metadata)  # refuses what cannot be written before a file appears
+    with atomic_file(path, replace=True) as file:
+        stream_safetensors(file, specs, lambda spec: [tensors[spec.name]], metadata)
+
+
+def stream_safetensors(
+    file: BinaryIO,
+    specs: Sequence[TensorSpec],
+    read: Callable[[TensorSpec], Iterable[np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Writes a file whose tensors are made one at a time; returns its size.
+
+    Args:
+      file: open for writing, at its start.
+      specs: what it will hold.
+      read: gives one tensor in one or more runs along its first axis, of the dtype that its spec states; called once
+        for each, those with the largest items first.
+      metadata: strings.
+
+    Raises:
+      ShapeError: what the format cannot hold, or a tensor that is not what its spec says.
+    """
+    head, ordered = header(specs, metadata)
+    file.write(head)
+    for spec in ordered:
+        rows = 0
+        for run in read(spec):
+            rows += len(run) if run.ndim else 1
+            if run.dtype != spec.dtype or run.shape[1:] != spec.shape[1:] or rows > (spec.shape or (1,))[0]:
+                raise ShapeError(f"{spec.name}: expected {spec.dtype} {spec.shape}, got {run.dtype} {run.shape}")
+            file.write(np.ascontiguousarray(run).reshape(-1).view(np.uint8).data)
+        if rows != (spec.shape or (1,))[0]:
+            raise ShapeError(f"{spec.name}: expected {spec.dtype} {spec.shape}, got {rows} rows")
+    return len(head) + sum(spec.nbytes for spec in specs)
+
+
+def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[TensorSpec]]:
+    """(the bytes before the data, the specs in the order of their data)."""
+    values: dict[str, Any] = {}
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ShapeError(f"metadata: expected strings, got {key!r}: {value!r}")
     if metadata:
-        for key, value in metadata.items():
-            if not isinstance(key, str) or not isinstance(value, str):
-                raise ShapeError(f"metadata: expected strings, got {key!r}: {value!r}")
-        header["__metadata__"] = dict(metadata)
-    titles = {dtype: name for name, dtype in DTYPES.items()}
+        values["__metadata__"] = dict(metadata)
+    titles, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     # Largest items first keeps each tensor aligned to its own items without holes, which the format forbids.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    for name, array in ordered:
-        title = titles.get(array.dtype)
+    ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    for spec in ordered:
+        name, title = spec.name, titles.get(spec.dtype)
         if title is None or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise ShapeError(
-                f"{name!r}: expected a printable name and a dtype of {', '.join(DTYPES)}, got {array.dtype}"
+                f"{name!r}: expected a printable name and a dtype of {', '.join(DTYPES)}, got {spec.dtype}"
             )
-        if array.ndim > MAX_DIMS or name == "__metadata__":
-            raise ShapeError(f"{name}: at most {MAX_DIMS} dimensions, and not the reserved name, got {array.shape}")
-        header[name] = {"dtype": title, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(spec.shape) > MAX_DIMS or name == "__metadata__" or name in values:
+            raise ShapeError(
+                f"{name}: at most {MAX_DIMS} dimensions, a new name and not the reserved, got {spec.shape}"
+            )
+        values[name] = {"dtype": title, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
+        end += spec.nbytes
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in ordered:
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return len(text).to_bytes(8, "little") + text, ordered
 
 
-@contextlib.contextmanager
-def _replacing(path: Path):
-    """A temporary file in the folder of `path` that takes its place once it is safely on disk."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would make a shared model unreadable for others
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+def shard(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+    """Cuts tensors into files of at most `max_bytes` of data each, in order; a larger tensor has a file of its own."""
+    if max_bytes < 1:
+        raise ShapeError(f"max_shard_bytes: expected at least 1, got {max_bytes}")
+    parts: list[list[TensorSpec]] = []
+    room = 0
+    for spec in specs:
+        if not parts or spec.nbytes > room:
+            parts.append([])
+            room = max_bytes
+        parts[-1].append(spec)
+        room -= spec.nbytes
+    if len(parts) > MAX_SHARDS:
+        raise ShapeError(f"max_shard_bytes: {max_bytes} makes {len(parts)} files; at most {MAX_SHARDS} are read again")
+    return parts
+
+
+def index_text(parts: Sequence[Sequence[TensorSpec]], files: Sequence[str]) -> str:
+    """The text of `model.safetensors.index.json` of a sharded checkpoint."""
+    where = {spec.name: file for part, file in zip(parts, files, strict=True) for spec in part}
+    total = sum(spec.nbytes for part in parts for spec in part)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"

@@ -25,7 +25,7 @@ from gemma.formats._source import Source
 
 MAGIC = b"SBS\n"
 MAX_BLOBS = 1 << 16
-MAX_RECORD = 1 << 24  # bytes of "toc" or "config"
+MAX_RECORD = 1 << 21  # bytes of "toc" or "config"; a table of 16,384 tensors takes half of it
 _ALIGN, _END_ALIGN = 256, 1 << 16
 _HEADER = struct.Struct("<4sIQ")
 _PREFIXES = {"F": "F32", "B": "BF16", "$": "SFP8", "2": "NUQ", "I": "I8", "4": "Q4_0"}
@@ -68,7 +68,7 @@ class Sbs:
             return None
         if blob.nbytes > MAX_RECORD or blob.nbytes % 4:
             raise FormatError(
-                self.path, blob.offset, f"{name}: {blob.nbytes} bytes; expected whole words, at most 16 MB"
+                self.path, blob.offset, f"{name}: {blob.nbytes} bytes; expected whole words, at most {MAX_RECORD} bytes"
             )
         return self.source.read(blob.offset, blob.nbytes).view("<u4").tolist()
 
@@ -115,6 +115,8 @@ class Sbs:
                 self._refuse(name, OTHER_TYPES.get(entry["type"], f"type {entry['type']}"))
             if entry["stride"] != entry["cols"] and entry["rows"] != 1:
                 raise UnsupportedError(f"{self.path}: {name} has padded rows; expected packed ones")
+            if dtype != "SFP8" and entry["scale"] != 1.0:
+                raise UnsupportedError(f"{self.path}: {name} is {dtype} with a scale of {entry['scale']}; expected 1")
             tensor = self._tensor(name, name, dtype, entry["cols"], entry["scale"])
             if tensor.count != entry["rows"] * entry["cols"] or name in tensors:
                 raise FormatError(

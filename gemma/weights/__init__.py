@@ -10,8 +10,10 @@ from gemma._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "_axes": ("convert", "shape_of"),
+        "_assemble": ("assemble", "groups"),
+        "_axes": ("convert", "shape_of", "sharding_of"),
         "_bind": ("bind",),
+        "_identify": ("identify", "shaped"),
         "_pack": ("extract", "fit_rows", "pack", "unpack"),
         "_rows": ("FORMATS",),
         "_table": ("Slot", "Tensor", "expected", "tensors"),

@@ -133,13 +133,13 @@ def test_dequantizing_needs_little_more_than_the_result(tmp_path):
 
 
 OTHER = {
-    b"PK\x03\x04" + bytes(30): (UnsupportedError, "zip archive"),
-    b"SBS\n" + bytes(30): (UnsupportedError, "sbs"),
+    b"PK\x03\x04" + bytes(30): (FormatError, "not a readable zip archive"),
+    b"SBS\n" + bytes(30): (FormatError, "blobs"),
     b"\x80\x02}q\x00." + bytes(30): (UnsupportedError, "pickle"),
     b"tjgg" + bytes(30): (UnsupportedError, "GGJT"),
-    b"": (FormatError, "expected a GGUF or safetensors file"),
-    b"hello world, this is text": (FormatError, "expected a GGUF or safetensors file"),
-    bytes(100): (FormatError, "expected a GGUF or safetensors file"),
+    b"": (FormatError, "expected a GGUF, safetensors, PyTorch, .npz or .sbs file"),
+    b"hello world, this is text": (FormatError, "expected a GGUF, safetensors, PyTorch, .npz or .sbs file"),
+    bytes(100): (FormatError, "expected a GGUF, safetensors, PyTorch, .npz or .sbs file"),
 }
 
 

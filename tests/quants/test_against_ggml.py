@@ -3,7 +3,8 @@
 
 Decoding is compared bit for bit, on data that ggml quantized and on random bytes, in which every scale occurs:
 negative, zero, subnormal, infinite and not-a-number (a NaN must meet a NaN; its payload is not compared). Encoding is
-compared byte for byte for the three types that we write. A written-out formula per type stands beside both.
+compared byte for byte for the types without a search (the others: test_k_quants.py). A written-out formula per type
+stands beside both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BLOCKS = {
     "Q2_K": (256, 84, 10), "Q3_K": (256, 110, 11), "Q4_K": (256, 144, 12), "Q5_K": (256, 176, 13),
     "Q6_K": (256, 210, 14),
 }  # fmt: skip
-ENCODED = ["Q4_0", "Q5_0", "Q8_0"]
+ENCODED = ["Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1"]
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +299,10 @@ def inputs() -> dict[str, np.ndarray]:
 def test_encode_equals_ggml(ggml, name, case):
     x = inputs()[case]
     kept = x.copy()
+    if case == "huge" and name.endswith("_1"):  # a minimum of -1e5 is no half: ggml writes an infinite one
+        with pytest.raises(GemmaError, match="65504"):
+            quantize(x, QuantType[name])
+        return
     with np.errstate(all="ignore"):
         packed = quantize(x, QuantType[name])
     want = ggml.ggml_quantize(x, name)
@@ -345,9 +350,9 @@ ERRORS = {"Q4_0": 0.0842, "Q5_0": 0.0412, "Q8_0": 0.0053, "Q2_K": 0.293, "Q3_K":
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_error_on_normal_data(ggml, name):
+def test_error_on_normal_data(name):
     x = np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32)
-    data = quantize(x, QuantType[name]).data if name in ENCODED else ggml.ggml_quantize(x, name)
+    data = quantize(x, QuantType[name]).data
     error = np.sqrt(((ours(data, name, 512) - x) ** 2).mean() / (x**2).mean())
     digits = len(str(ERRORS[name])) - 2
     assert abs(error - ERRORS[name]) <= 0.6 * 10**-digits  # the same 4,096 samples: only the last digit's rounding
@@ -376,12 +381,6 @@ def test_encode_refuses_other_shapes(name):
     for shape in ((2, 33), (2, 16), (48,), (), (2, 0)):
         with pytest.raises(GemmaError, match=r"32|shape|axis"):
             quantize(np.zeros(shape, np.float32), QuantType[name])
-
-
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_1"])
-def test_types_that_are_only_read(name):
-    with pytest.raises(GemmaError, match=name):
-        quantize(np.zeros((1, 256), np.float32), QuantType[name])
 
 
 @pytest.mark.parametrize("name", BLOCKS)
