@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from gemma.cli._common import is_terminal
 
@@ -40,3 +41,31 @@ def waiting(message: str) -> Iterator[None]:
         timer.cancel()
         timer.join()  # it may be starting the bar right now
         bar.stop()
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives `progress(what, done, total)`: a bar with a percentage for each step of a long piece of work."""
+    if not is_terminal(sys.stderr):
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    look = (TextColumn("{task.description:<18}"), BarColumn(32), TaskProgressColumn(), TimeElapsedColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*look, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=max(total, 1))
+            bar.update(tasks[what], completed=done, total=max(total, 1))
+
+        yield progress

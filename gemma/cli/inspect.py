@@ -18,7 +18,7 @@ from gemma.cli import _common
 from gemma.cli._progress import waiting
 
 HELP = """\
-Show what a checkpoint is and holds.
+Show what a checkpoint is and holds, or how two differ.
 
 That is its format, configuration, types and sizes of tensors, tokenizer, and the memory that generate and chat
 need at a context length. They compute in float32, bfloat16 or float16, and packed weights are unpacked when read.
@@ -28,13 +28,25 @@ Examples:
   gemma inspect demo
   gemma inspect model.gguf --tensors
   gemma inspect path/to/gemma-3-4b-it --context 32k --json
+  gemma inspect model-a --diff model-b.gguf
 """
-_FORMATS = {"gguf": "GGUF", "hf": "safetensors, Hugging Face names"}
+_FORMATS = {
+    "gguf": "GGUF",
+    "hf": "Hugging Face names",
+    "flax": "Orbax, names of the JAX package",
+    "ckpt": "PyTorch archive, names of gemma_pytorch",
+    "npz": ".npz of big_vision",
+    "sbs": ".sbs of gemma.cpp",
+}
 
 
 def command(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A .gguf or .safetensors file, a Hugging Face folder, or demo.")
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A .gguf, .safetensors, .ckpt, .npz or .sbs file, a Hugging Face or Orbax folder, or demo.",
+        ),
     ],
     context: Annotated[
         str | None,
@@ -47,15 +59,25 @@ def command(
         ),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    diff: Annotated[
+        str | None,
+        typer.Option(
+            "--diff", metavar="OTHER", help="Compare values with another checkpoint, of any format; 1 if they differ."
+        ),
+    ] = None,
     as_json: _common.Json = False,
 ) -> None:
     """Runs the verb; `HELP` is what --help says."""
-    from gemma import checkpoint, hub
+    from gemma import hub
+    from gemma.cli._proof import open_any
 
     tokens = _common.context_flag(context)
     with waiting(f"reading {file}"):
         path = hub.resolve(file)
-    with checkpoint.open_checkpoint(path) as opened:
+    if diff is not None:
+        _compare(path, hub.resolve(diff), tensors, as_json)
+        return
+    with open_any(path) as opened:
         report = _report(opened, tokens)
     if as_json:
         _common.write(json.dumps(report, default=str) + "\n")
@@ -63,6 +85,37 @@ def command(
     _print(report)
     if tensors:
         _common.write("\ntensors\n" + _tensor_table(report["tensors"]))
+
+
+def _compare(one, two, every: bool, as_json: bool) -> None:
+    """Says what differs; exit code 1 if the numbers do."""
+    from gemma.cli._progress import steps
+    from gemma.cli._proof import open_any, worst_tensors
+    from gemma.compare import compare
+
+    with open_any(one) as a, open_any(two) as b, steps() as progress:
+        found = compare(a, b, progress=lambda done, total: progress("comparing values", done, total))
+    changed = [t for t in found.tensors if not t.equal]
+    if as_json:
+        data = dataclasses.asdict(found) | {"a": str(one), "b": str(two), "same_values": found.same_values}
+        _common.write(json.dumps(data) + "\n")
+    else:
+        rows = [("a", one), ("b", two), *(("configuration", line) for line in found.config)]
+        rows += [("only in a", name) for name in found.only_a] + [("only in b", name) for name in found.only_b]
+        rows += [("shapes", line) for line in found.shapes]
+        rows.append(
+            ("values", f"{len(found.tensors) - len(changed)} of {len(found.tensors)} tensors hold equal numbers")
+        )
+        _common.write(_common.columns(rows))
+        shown = changed if every else worst_tensors(found, 10)
+        if shown:
+            table = [("largest changes" if not every else "changed", "a", "b", "relative", "rmse", "largest")]
+            for t in shown:
+                relative = f"{t.rmse / t.scale:.2%}" if t.scale else "-"
+                table.append((t.name, *t.dtypes, relative, f"{t.rmse:.2e}", f"{t.max_abs:.2e}"))
+            _common.write("\n" + _common.columns(table, right=[3, 4, 5]))
+    if not found.same_values:
+        raise typer.Exit(_common.FAILED)
 
 
 def _report(opened, asked: int | None) -> dict[str, Any]:

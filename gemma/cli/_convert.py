@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conversion: write beside the destination, let `_proof.py` open and compare what was written, only then publish.
+
+Writing is `gemma.saving` (Orbax: `gm.ckpts`); what the user sees is `convert.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma import saving
+from gemma.checkpoint import Checkpoint, TokenizerSource, load_tensors
+from gemma.cli._proof import Proof, open_any, prove
+from gemma.config import GemmaConfig, text_only
+from gemma.errors import CheckpointError, ConfigError
+from gemma.saving import SaveReport
+
+ORBAX = "orbax"
+FORMATS = (*saving.FORMATS, ORBAX)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to convert; fields as in `gemma.saving.save`."""
+
+    source: Path
+    destination: Path
+    format: str
+    quantize: str | None = None
+    dtype: str | None = None
+    imatrix: Path | None = None
+    layout: str = "nested"
+    text_only: bool = False
+    tokenizer: Path | None = None
+    config: Path | None = None
+    replace: bool = False
+    logits: bool = True
+    mmap: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    report: SaveReport
+    proof: Proof
+    seconds: Mapping[str, float]
+
+
+def convert(request: Request, progress: Progress) -> Result:
+    """Converts; the destination appears only when the proof holds.
+
+    Raises:
+      GemmaError: the source cannot be read or the destination not written.
+      CheckpointError: what was written is not what it should be; nothing appears under the destination's name.
+    """
+    check(request)
+    seconds: dict[str, float] = {}
+    with open_any(request.source, mmap=request.mmap) as source:
+        config = _config(request, source)
+        tokenizer = _tokenizer(request, source)
+        with _Staging(request.destination) as staged:
+            start = time.perf_counter()
+            report = _write(request, source, config, tokenizer, staged, progress)
+            seconds["writing"] = time.perf_counter() - start
+            start = time.perf_counter()
+            proof = prove(request, source, config, report, staged, progress, tokenizer)
+            seconds["checking"] = time.perf_counter() - start
+            if proof.problems:
+                raise CheckpointError(_failure(request, proof))
+            publish(staged, request.destination, replace=request.replace)
+    moved = [request.destination / file.relative_to(staged) for file in report.files]
+    files = (request.destination,) if request.destination.is_file() else tuple(moved)
+    return Result(dataclasses.replace(report, path=request.destination, files=files), proof, seconds)
+
+
+def check(request: Request) -> None:
+    """Refuses what can be refused before anything is read."""
+    from gemma._atomic import check_destination
+
+    if request.format not in FORMATS:
+        raise ConfigError(f"--to: expected one of {', '.join(FORMATS)}, got {request.format!r}")
+    folder = request.format == ORBAX or saving.FORMATS[request.format].folder
+    check_destination(request.destination, replace=request.replace, folder=folder)
+    if request.format == ORBAX and (request.quantize or request.imatrix):
+        raise ConfigError("--quantize, --imatrix: an Orbax checkpoint holds floats")
+    if os.path.realpath(request.source) == os.path.realpath(request.destination):
+        raise ConfigError(f"{request.destination}: source and destination are the same")
+
+
+def _config(request: Request, source: Checkpoint) -> Any:
+    if request.config is not None:
+        from gemma.hf_config import read_config
+
+        config = read_config(request.config)
+    else:
+        config = source.config()
+    if request.text_only:
+        if not isinstance(config, GemmaConfig):
+            raise ConfigError("--text-only: only a Gemma 3 with images has a decoder that stands alone")
+        return text_only(config)
+    return config
+
+
+def _tokenizer(request: Request, source: Checkpoint) -> TokenizerSource | None:
+    if request.tokenizer is None:
+        return source.tokenizer_source()
+    kind = "tokenizer.json" if request.tokenizer.suffix == ".json" else "sentencepiece"
+    return TokenizerSource(kind, request.tokenizer)
+
+
+class _Staging:
+    """A folder beside the destination for a file or folder of the destination's name; gone at the end."""
+
+    def __init__(self, destination: Path):
+        self._destination = destination
+
+    def __enter__(self) -> Path:
+        parent = self._destination.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=".gemma-convert-", dir=parent))
+        return self._folder / self._destination.name
+
+    def __exit__(self, *exc_info) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def publish(staged: Path, destination: Path, *, replace: bool) -> None:
+    """Gives what was proven its name, in one step; what it replaces goes afterwards."""
+    from gemma import _atomic
+
+    _atomic.publish(staged, destination, replace=replace)
+
+
+def _write(request, source, config, tokenizer, staged: Path, progress: Progress) -> SaveReport:
+    tensors = load_tensors(source, config, text_only=request.text_only)
+
+    def advance(done: int, total: int) -> None:
+        progress("writing", done, total)
+
+    if request.format == ORBAX:
+        from gemma.gm.ckpts._save import save_tensors
+
+        return save_tensors(
+            staged, tensors, config, layout=request.layout, dtype=request.dtype, tokenizer=tokenizer, progress=advance
+        )
+    return saving.save(
+        staged,
+        tensors,
+        config,
+        format=request.format,
+        tokenizer=tokenizer,
+        dtype=request.dtype,
+        quantize=request.quantize,
+        imatrix=None if request.imatrix is None else read_imatrix(request.imatrix),
+        progress=advance,
+    )
+
+
+def read_imatrix(path: Path) -> dict[str, np.ndarray]:
+    """An importance matrix: a `.npz` of name to mean squares, or llama.cpp's GGUF with sums and counts."""
+    from gemma.checkpoint import open_checkpoint
+
+    with open_checkpoint(path) as opened:
+        if opened.format == "npz":
+            return {name: opened.read(name, np.float32) for name in opened.tensors}
+        names = [name.removesuffix(".in_sum2") for name in opened.tensors if name.endswith(".in_sum2")]
+        if opened.format != "gguf" or not names:
+            raise CheckpointError(
+                f"{path}: expected an importance matrix: a .npz, or a GGUF with *.in_sum2 and *.counts"
+            )
+        found = {}
+        for name in names:
+            sums, counts = opened.read(f"{name}.in_sum2", np.float32), opened.read(f"{name}.counts", np.float32)
+            found[name] = (sums.reshape(-1) / max(float(counts.reshape(-1)[0]), 1.0)).astype(np.float32)
+        return found
+
+
+def _failure(request: Request, proof: Proof) -> str:
+    shown = "".join(f"\n  {problem}" for problem in proof.problems[:20])
+    more = f"\n  and {len(proof.problems) - 20} more" if len(proof.problems) > 20 else ""
+    return (
+        f"{request.destination}: NOT converted: what was written does not hold what it should. Nothing is left under "
+        f"this name. This is a defect of gemmakit, or of the disk:{shown}{more}"
+    )

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof of a conversion: what was written is opened again and compared with the source.
+
+Structure: every tensor of the model is there, and nothing else; safetensors are also looked at with the format's own
+library. Values: each number is what rounding to the stated type makes of the source's, bit for bit, or, where a tensor
+was quantized, off by exactly the error that the writer announced. Answers: the logits of a fixed prompt. Writing is
+`_convert.py`, comparing checkpoints `gemma.compare`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gemma import saving, weights
+from gemma.checkpoint import Checkpoint, TokenizerSource
+from gemma.compare import Comparison, TensorDifference, compare, config_changes
+from gemma.config import GemmaConfig
+from gemma.errors import ConfigError
+from gemma.saving import SavedTensor, SaveReport
+
+PROMPT = "The history of computing began"
+_PROMPT_IDS = 12  # tokens of a made-up prompt, for a model without a tokenizer
+_FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# The error that is measured again and the one that was announced differ by the order of additions only.
+_SAME_ERROR = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Both models on the same prompt: float32 logits compared over all positions.
+
+    Attributes:
+      tokens: of the prompt.
+      max_abs: largest difference.
+      kl: mean over positions of the divergence from the source's distribution, in nats.
+      same_top: positions with the same arg-max.
+    """
+
+    tokens: int
+    max_abs: float
+    kl: float
+    same_top: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What was found when the written files were opened again; `problems` is empty for a good conversion."""
+
+    comparison: Comparison
+    logits: Logits | None
+    no_logits: str
+    problems: tuple[str, ...]
+
+
+def open_any(path: Path, *, mmap: bool = True) -> Checkpoint:
+    """A checkpoint of any kind, Orbax folders included; JAX is loaded for those only."""
+    from gemma._orbax_folder import is_orbax
+
+    if is_orbax(path):
+        from gemma.gm.ckpts._orbax import open_checkpoint as open_orbax
+
+        return open_orbax(path)
+    from gemma.checkpoint import open_checkpoint
+
+    return open_checkpoint(path, mmap=mmap)
+
+
+def prove(request, source, config, report: SaveReport, staged: Path, progress, tokenizer) -> Proof:
+    """Opens what was written under `staged` and compares it with the source; `request` is a `_convert.Request`."""
+    problems = list(_structure(request.format, report, staged))
+    column = saving.FORMATS[request.format].column if request.format in saving.FORMATS else "flax"
+    saved = _by_tensor(report, config, column)
+    expected = dict(_expectations(saved, config, column))
+    with open_any(staged, mmap=request.mmap) as written:
+        comparison = compare(
+            source,
+            written,
+            config=config,
+            expected=expected,
+            text_only=request.text_only,
+            progress=lambda done, total: progress("comparing values", done, total),
+        )
+        problems += _value_problems(comparison, saved)
+        if _stated(written, config) is False:
+            problems.append("the configuration that the written files state is not the source's")
+    logits, reason = None, "left out (--no-logits)"
+    if request.logits and not problems:
+        progress("comparing logits", 0, 2)
+        logits, reason = _compare_logits(request, config, staged, progress, tokenizer)
+        if logits is not None and not (
+            np.isfinite(logits.max_abs) and (logits.max_abs == 0 or not comparison.same_values)
+        ):
+            problems.append(f"the same weights give other logits: {logits.max_abs} apart")
+    return Proof(comparison, logits, reason, tuple(problems))
+
+
+def _structure(format: str, report: SaveReport, staged: Path) -> Iterator[str]:
+    """safetensors are also opened by the format's own library: names, types and shapes must be those announced."""
+    if format != "safetensors":
+        return
+    from safetensors import safe_open
+
+    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in sorted(staged.glob("*.safetensors")):
+        with safe_open(file, framework="np") as opened:
+            names = opened.keys()  # not a dict: it cannot be iterated itself
+            for name in names:
+                part = opened.get_slice(name)
+                seen[name] = (part.get_dtype(), tuple(part.get_shape()))
+    announced = {tensor.name: (tensor.type, tensor.shape) for tensor in report.tensors}
+    for name in sorted(set(seen) | set(announced)):
+        if seen.get(name) != announced.get(name):
+            yield f"{name}: announced {announced.get(name)}, the safetensors library sees {seen.get(name)}"
+
+
+def _by_tensor(report: SaveReport, config: Any, column: str) -> dict[str, SavedTensor]:
+    """Canonical name to the array of the file that the tensor is in."""
+    arrays = {array.name: array for array in report.tensors}
+    table = [tensor for tensor in weights.tensors(config) if column in tensor.slots]
+    return {t.name: arrays[t.slots[column].name] for t in table if t.slots[column].name in arrays}
+
+
+def _expectations(saved: Mapping[str, SavedTensor], config: Any, column: str):
+    """For each tensor that is stored as floats, what its values should have become."""
+    for tensor in weights.tensors(config):
+        array = saved.get(tensor.name)
+        if array is None or array.type not in _FLOATS:
+            continue
+        dtype, offset = _FLOATS[array.type], np.float32(tensor.slots[column].offset)
+
+        def rounded(x: np.ndarray, dtype=dtype, offset=offset) -> np.ndarray:
+            return (
+                (x + offset).astype(dtype).astype(np.float32) - offset if offset else x.astype(dtype).astype(np.float32)
+            )
+
+        yield tensor.name, rounded
+
+
+def _value_problems(found: Comparison, saved: Mapping[str, SavedTensor]) -> Iterator[str]:
+    yield from (f"{name} is missing" for name in found.only_a)
+    yield from (f"{name} should not be there" for name in found.only_b)
+    yield from found.shapes
+    worst: dict[str, float] = {}
+    for t in found.tensors:
+        if t.unexpected:
+            yield f"{t.name}: {t.unexpected} values are not the source's rounded to {saved[t.name].type}"
+        if t.unexpected is None:
+            worst[saved[t.name].name] = max(worst.get(saved[t.name].name, 0.0), t.max_abs)
+    for array in {array.name: array for array in saved.values()}.values():
+        announced = array.max_error or 0.0
+        if array.name in worst and not abs(worst[array.name] - announced) <= _SAME_ERROR * max(announced, 1e-30):
+            yield f"{array.name}: quantized to {array.type} with an error of {announced}, but {worst[array.name]} is found"
+
+
+def _stated(written: Checkpoint, config: Any) -> bool | None:
+    """Whether the written files say the same about the network; None where they say nothing."""
+    try:
+        changes = config_changes(config, written.config())
+        return not [line for line in changes if not line.split(":")[0].endswith(("_token_id", "_index"))]
+    except ConfigError:
+        return None
+
+
+def _compare_logits(request, config: Any, staged: Path, progress, tokenizer) -> tuple[Logits | None, str]:
+    if not isinstance(config, GemmaConfig) or config.use_bidirectional_attention:
+        kind = type(config).__name__.removesuffix("Config")
+        return None, f"not compared: there is no JAX network for a {kind} model; all values were"
+    ids = _prompt_ids(tokenizer, config)
+    from gemma.gm._prompt_logits import prompt_logits
+
+    before = prompt_logits(request.source, config, ids)
+    progress("comparing logits", 1, 2)
+    after = prompt_logits(staged, config, ids)
+    progress("comparing logits", 2, 2)
+    p, q = _log_softmax(before), _log_softmax(after)
+    kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+    same = int((before.argmax(-1) == after.argmax(-1)).sum())
+    return Logits(len(ids), float(np.abs(before - after).max()), max(kl, 0.0), same), ""
+
+
+def _prompt_ids(source: TokenizerSource | None, config: GemmaConfig) -> list[int]:
+    from gemma.tokenizer import Tokenizer
+
+    if source is not None:
+        ids = Tokenizer.from_source(source).encode(PROMPT, add_bos=True)
+        if max(ids) < config.vocab_size:
+            return ids
+    step = max(1, config.vocab_size // (_PROMPT_IDS + 4))
+    return [config.bos_token_id, *(3 + n * step for n in range(1, _PROMPT_IDS))]
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def worst_tensors(comparison: Comparison, count: int = 5) -> list[TensorDifference]:
+    """The tensors with the largest error in proportion to their size."""
+    changed = [t for t in comparison.tensors if not t.equal and t.scale]
+    return sorted(changed, key=lambda t: t.rmse / t.scale, reverse=True)[:count]
