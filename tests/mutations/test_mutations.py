@@ -365,7 +365,10 @@ def window_in_slots(mask):
 
 
 def earlier_slots_hidden(mask):
-    return lambda start, valid, slots: mask(start, valid, slots) & (jnp.arange(slots) >= start)[None, None, :]
+    def defect(start, stored, *more):
+        return mask(start, stored, *more) & (jnp.arange(stored.shape[1]) >= start)[None, None, :]
+
+    return defect
 
 
 CACHE = {

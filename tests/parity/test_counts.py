@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One model, three counts: the formula of the configuration, the table of weights, and the shapes that the JAX network
-really creates. They agree for every text model, after the known difference in the rows of the vocabulary."""
+really creates. They agree for every model, vision towers included, after the known difference in the rows of the
+vocabulary."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from gemma import gm
 from gemma.config import PRESETS, text_only
 from gemma.weights import tensors
 
-# The totals of the published checkpoints' text models (a tied head counted once).
+# The totals of the published checkpoints (a tied head counted once).
 PUBLISHED = {
     "gemma_2b": 2_506_172_416,
     "gemma_7b": 8_537_680_896,
@@ -49,12 +50,11 @@ def test_formula_equals_the_published_total(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_formula_table_and_network_agree(name):
-    config = text_only(PRESETS[name])
+    config = PRESETS[name]
     table = tensors(config)
     assert sum(math.prod(tensor.shape) for tensor in table) == config.num_parameters
 
-    arguments = {} if PRESETS[name].vision is None else dict(text_only=True)
-    model = getattr(gm.nn, CLASSES[name])(**arguments)
+    model = getattr(gm.nn, CLASSES[name])()
     tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     shapes = flatten_shapes(tree)
     extra_rows = (config.table_rows - config.vocab_size) * config.hidden_size
@@ -62,3 +62,19 @@ def test_formula_table_and_network_agree(name):
 
     named = {tensor.slots["flax"].name for tensor in table}
     assert named == set(shapes)
+
+
+# What the official package counts: its table has no rows for the image tokens.
+OFFICIAL = {"Gemma3_4B": 4_299_915_632, "Gemma3_12B": 12_187_079_280, "Gemma3_27B": 27_432_062_576}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_trees_with_and_without_the_tower(name):
+    config = PRESETS[name.lower()]
+    missing = (config.vocab_size - config.table_rows) * config.hidden_size
+    assert config.num_parameters - missing == OFFICIAL[name]
+
+    text = getattr(gm.nn, name)(text_only=True)
+    tree = jax.eval_shape(text.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    size = sum(math.prod(shape) for shape in flatten_shapes(tree).values())
+    assert size == text_only(config).num_parameters - missing

@@ -72,18 +72,36 @@ def test_a_cell_says_yes_only_if_all_its_tests_passed():
 
 def test_the_table_is_rendered_from_results(tmp_path):
     results = tmp_path / "results.json"
-    results.write_text('[{"cell": ["Gemma 2", "JAX", "run"], "tests": {"tests/x.py::test_y": "passed"}}]')
-    page = support.render(support.read(results))
+    results.write_text('[{"cell": ["support", "Gemma 2", "JAX", "run"], "tests": {"tests/x.py::test_y": "passed"}}]')
+    page = support.render(support.read(results)["support"])
     rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| ")}
     assert rows["| Gemma 2"].count("yes") == 1 and rows["| Gemma 2"].startswith("| Gemma 2 | yes | - |")
     assert "yes" not in rows["| Gemma 1"] and "`tests/x.py::test_y`" in page
 
 
-@pytest.mark.parametrize("cell", [["Gemma 9", "JAX", "run"], ["Gemma 2", "Jax", "run"], ["Gemma 2", "JAX", "runs"]])
+def test_the_formats_are_rendered_from_results(tmp_path):
+    results = tmp_path / "results.json"
+    results.write_text(
+        '[{"cell": ["formats", "Gemma 2", "GGUF", "proven"], "tests": {"tests/x.py::test_y": "passed"}},'
+        ' {"cell": ["formats", "Gemma 2", "GGUF", "JAX"], "tests": {"tests/x.py::test_z": "failed"}}]'
+    )
+    page = support.render_formats(support.read(results)["formats"])
+    assert "| Gemma 2 | - | proven | - | - | - | - |" in page and "test_y" in page and "test_z" not in page
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        ["support", "Gemma 9", "JAX", "run"],
+        ["support", "Gemma 2", "Jax", "run"],
+        ["support", "Gemma 2", "JAX", "runs"],
+        ["formats", "Gemma 2", "gguf", "JAX"],
+    ],
+)
 def test_a_misspelt_cell_is_an_error(tmp_path, cell):
     import json
 
     results = tmp_path / "results.json"
     results.write_text(json.dumps([dict(cell=cell, tests={})]))
-    with pytest.raises(support.Mismatch, match=cell[0]):
+    with pytest.raises(support.Mismatch, match=cell[1]):
         support.read(results)

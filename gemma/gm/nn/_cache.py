@@ -2,7 +2,7 @@
 """Key/value caches: their two layouts, how they are made, and how a step writes into them.
 
 Full layout (a plain dictionary): every layer holds `cache_length` slots, and all rows of a batch are written at the
-same slot. The caller says with `positions` and `attention_mask` what the slots hold.
+same slot. Padding takes a slot, whose position is -1; slots that were not written yet show 0.
 
 Windowed layout (`WindowedCache`): a local layer holds a ring of its window, a global layer `cache_length` slots. Rows
 may stand at different places, padding is not stored, and the masks follow from the cache itself:
@@ -41,20 +41,22 @@ class WindowedCache(dict):
 
     Attributes:
       cache_length: tokens that fit; beyond them the oldest are overwritten.
+      empty: the promise of a caller that no row holds anything, known while tracing: a chunk then looks at itself and
+        not at slots that hold nothing. What a network returns is never marked so.
     """
 
-    def __init__(self, layers: Any = (), *, cache_length: int):
+    def __init__(self, layers: Any = (), *, cache_length: int, empty: bool = False):
         super().__init__(layers)
-        self.cache_length = cache_length
+        self.cache_length, self.empty = cache_length, empty
 
     def tree_flatten_with_keys(self):
         names = tuple(sorted(self))
-        return tuple((jax.tree_util.DictKey(name), self[name]) for name in names), (names, self.cache_length)
+        return tuple((jax.tree_util.DictKey(name), self[name]) for name in names), (names, self.cache_length, self.empty)
 
     @classmethod
     def tree_unflatten(cls, static, layers):
-        names, cache_length = static
-        return cls(zip(names, layers), cache_length=cache_length)
+        names, cache_length, empty = static
+        return cls(zip(names, layers), cache_length=cache_length, empty=empty)
 
 
 def init_layer(batch_size: int, length: int, num_kv_heads: int, head_dim: int, dtype: DType, empty: int) -> LayerCache:
@@ -156,18 +158,21 @@ class ChunkWrite:
     """Windowed layout, several tokens: each slot says which token of the chunk lands in it.
 
     A ring is read before it is written, because its oldest slots are still inside the window of the chunk's first
-    queries: they look at the ring as it was, followed by the chunk.
+    queries: they look at the ring as it was, followed by the chunk. In an empty cache they look at the chunk alone.
     """
 
     source: Int[Array, "B S"]  # index into the chunk, or -1: the slot keeps what it holds
     end_index: Int[Array, " B"]
     positions: Int[Array, "B S"]
     read_first: bool = flax.struct.field(pytree_node=False)
+    alone: bool = flax.struct.field(pytree_node=False, default=False)
 
     def store(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array, LayerCache]:
         k, v = k.astype(cache["k"].dtype), v.astype(cache["v"].dtype)
         new_k, new_v = (self._scatter(old, new) for old, new in ((cache["k"], k), (cache["v"], v)))
         new = {"k": new_k, "v": new_v, "end_index": self.end_index, "positions": self.positions}
+        if self.alone:
+            return k, v, new
         if self.read_first:
             return jnp.concatenate([cache["k"], k], axis=1), jnp.concatenate([cache["v"], v], axis=1), new
         return new_k, new_v, new
@@ -177,9 +182,12 @@ class ChunkWrite:
         return jnp.where(source >= 0, jnp.take_along_axis(new, jnp.maximum(source, 0), axis=1), old)
 
 
-def plan_block_write(cache: LayerCache, positions: Int[Array, "B T"]) -> BlockWrite | TokenWrite:
+def plan_block_write(
+    cache: LayerCache, positions: Int[Array, "B T"], valid: Bool[Array, "B T"]
+) -> BlockWrite | TokenWrite:
     """The write of a chunk into one layer of the full layout: all rows at the place of the first one."""
     batch, slots = cache["positions"].shape
+    positions = jnp.where(valid, positions, EMPTY)
     start = cache["end_index"][0] % slots
     after = cache["end_index"] + positions.shape[1]
     if positions.shape[1] == 1:
@@ -189,7 +197,12 @@ def plan_block_write(cache: LayerCache, positions: Int[Array, "B T"]) -> BlockWr
 
 
 def plan_ring_write(
-    cache: LayerCache, positions: Int[Array, "B T"], valid: Bool[Array, "B T"], *, window: int | None
+    cache: LayerCache,
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    *,
+    window: int | None,
+    empty: bool = False,
 ) -> TokenWrite | ChunkWrite:
     """The write of a chunk into one layer of the windowed layout; tokens that are not `valid` are not stored."""
     slots, length = cache["positions"].shape[1], positions.shape[1]
@@ -205,7 +218,16 @@ def plan_ring_write(
     source = jnp.where(rank >= 0, jnp.take_along_axis(order, jnp.clip(rank, 0, length - 1), axis=1), -1)
     stored = jnp.take_along_axis(positions, jnp.maximum(source, 0), axis=1)
     stored = jnp.where(source >= 0, stored, cache["positions"])
-    return ChunkWrite(source, after, stored, read_first=window is not None and slots >= window)
+    return ChunkWrite(source, after, stored, read_first=window is not None and slots >= window, alone=empty)
+
+
+def next_position(cache: Cache) -> Int[Array, " B"]:
+    """The position of the next token of each row: one past the greatest stored, or the count of a windowed row."""
+    layer = cache["layer_0"]
+    if isinstance(cache, WindowedCache):
+        return layer["end_index"]
+    written = jnp.arange(layer["positions"].shape[1], dtype=jnp.int32)[None] < layer["end_index"][:, None]
+    return jnp.max(jnp.where(written, layer["positions"], EMPTY), axis=1) + 1
 
 
 def newest_number(count: Int[Array, " B"], slots: int) -> Int[Array, "B S"]:

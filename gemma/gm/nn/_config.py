@@ -20,6 +20,8 @@ from gemma.config import text_only as _text_only
 from gemma.errors import ConfigError
 from gemma.gm.nn import _cache
 from gemma.gm.typing import DType, Sharding
+from gemma.gm.utils import _types
+from gemma.gm.vision._vision import SigLiPFromPatches
 
 
 class AttentionType(enum.Enum):
@@ -83,7 +85,7 @@ class TransformerConfig:
     global_base_frequency: float = 10_000
     local_scale_factor: float = 1.0
     global_scale_factor: float = 1.0
-    vision_encoder: Any = None
+    vision_encoder: Any = None  # a SigLiPFromPatches, or another module with its interface
     source: GemmaConfig = dataclasses.field(default=GemmaConfig(), repr=False, kw_only=True)
 
     def __post_init__(self):
@@ -92,7 +94,8 @@ class TransformerConfig:
     @classmethod
     def of(cls, config: GemmaConfig) -> TransformerConfig:
         """The view of a GemmaConfig; `.gemma` of the result equals `config`."""
-        return cls(**_fields(config), source=config)
+        encoder = None if config.vision is None else SigLiPFromPatches.of(config)
+        return cls(**_fields(config), vision_encoder=encoder, source=config)
 
     def text_only(self) -> TransformerConfig:
         """The same decoder without its vision encoder."""
@@ -124,6 +127,16 @@ class TransformerConfig:
             raise ConfigError(f"local_scale_factor {self.local_scale_factor}: GemmaConfig scales global layers only")
         return self._gemma()
 
+    @property
+    def input_config(self) -> _types.InputConfig:
+        """What a sampler has to know about images."""
+        encoder = self.vision_encoder
+        return _types.InputConfig(
+            support_images=encoder is not None,
+            num_tokens_per_image=0 if encoder is None else encoder.num_mm_tokens_per_image,
+            special_tokens=_types.image_tokens_of(self.source),
+        )
+
     def _gemma(self) -> GemmaConfig:
         seen = _fields(self.source)
         changed = {name for name, value in seen.items() if getattr(self, name) != value}
@@ -142,7 +155,27 @@ class TransformerConfig:
             values["rope_local_base_freq"] = self.local_base_frequency
         if "use_post_ffw_norm" in changed:
             values["use_post_norms"] = self.use_post_ffw_norm
+        values |= self._vision()
         return dataclasses.replace(self.source, **values)
+
+    def _vision(self) -> dict[str, Any]:
+        """The fields of GemmaConfig about images, where `vision_encoder` says something else than `source`."""
+        encoder = self.vision_encoder
+        if encoder is None:
+            return {} if self.source.vision is None else dict(vision=None)
+        if not isinstance(encoder, SigLiPFromPatches):
+            return {}  # an encoder of the user's own: GemmaConfig has no fields for it
+        vision, tokens = encoder.vision_config, encoder.num_mm_tokens_per_image
+        known = self.source.vision
+        if known is not None:  # two fields that the encoder does not carry
+            vision = dataclasses.replace(
+                vision, num_image_tokens=known.num_image_tokens, projection_dim=known.projection_dim
+            )
+        return (
+            {}
+            if (vision, tokens) == (known, self.source.mm_tokens_per_image)
+            else dict(vision=vision, mm_tokens_per_image=tokens)
+        )
 
     def _scalar(self, changed: set[str]) -> float | None:
         kind, per_head = self.query_pre_attn_norm, self.embed_dim // self.num_heads

@@ -34,24 +34,35 @@ class Embedder(nn.Module):
     Attributes:
       vocab_size: V, rows of the table.
       embed_dim: D.
-      vision_proj_dim: width of the image features that are projected to D; None for a text model.
-      dtype: in which the table is created; None: float32.
+      vision_proj_dim: E, width of the image features that are projected to D; None for a text model.
+      dtype: in which the table is created; None: float32. What belongs to images is float32.
+      vision_norm_eps: of the norm of image features.
     """
 
     vocab_size: int
     embed_dim: int
     vision_proj_dim: int | None = None
     dtype: DType | None = None
+    vision_norm_eps: float = 1e-6
 
     def setup(self):
         shape = (self.vocab_size, self.embed_dim)
         dtype = self.dtype or jnp.float32
         self.input_embedding_table = self.param("input_embedding", nn.initializers.normal(), shape, dtype)
+        if self.vision_proj_dim:
+            self.mm_soft_embedding_norm = _layers.RMSNorm(eps=self.vision_norm_eps)
+            self.mm_input_projection = _layers.Einsum(shape=(self.vision_proj_dim, self.embed_dim))
 
     def encode(self, x: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Token ids to embeddings, scaled by sqrt(D) rounded to the dtype of the table (in bfloat16, 25.25 for 640)."""
         rows = self.input_embedding_table[x]
         return rows * jnp.sqrt(jnp.float32(self.embed_dim)).astype(rows.dtype)
+
+    def encode_vision(self, x: Float[Array, "*B Q E"]) -> Float[Array, "*B Q D"]:
+        """Image features to the width of the decoder: norm and projection, not scaled by sqrt(D)."""
+        if not self.vision_proj_dim:
+            raise ConfigError("encode_vision: this embedder was made without vision_proj_dim, for a text model")
+        return self.mm_input_projection("...QE,ED->...QD", self.mm_soft_embedding_norm(x))
 
     def decode(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Activations to logits with the same table; summed in float32, returned in the common dtype."""

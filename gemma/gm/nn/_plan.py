@@ -6,6 +6,9 @@ layer. Attention is in `_modules.py`, cache layouts are in `_cache.py`, base mas
 
 A query at position q sees the key at position p iff the base mask allows it and, on a local layer with window W,
 `p > q - W`; in a bidirectional model (EmbeddingGemma) `|q - p| < W // 2 + 1`. Positions decide, not indices.
+
+The base mask is causal, and the tokens of one image (a group) see each other in both directions. A chunk holds whole
+images, so groups concern the keys of the chunk only; a cache remembers none of them.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ def plan_layers(
     valid: Bool[Array, "B T"],
     cache: _cache.Cache | None,
     mask: Bool[Array, "B T S"] | None,
+    groups: Int[Array, "B T"] | None = None,
 ) -> tuple[LayerPlan, ...]:
     """One plan per layer; layers of a kind share the object, hence the arrays.
 
@@ -50,6 +54,8 @@ def plan_layers(
       cache: of either layout, or None.
       mask: the base mask (causality, padding, images), or None to derive it. Its columns are the chunk's tokens
         without a cache, the slots of the full layout, or a row's token numbers in the windowed layout.
+      groups: tokens of a row with the same positive number see each other in both directions; 0 is no group. Unused
+        where `mask` is given.
     """
     plans: dict[tuple, LayerPlan] = {}
     result = []
@@ -58,7 +64,16 @@ def plan_layers(
         if kind not in plans:
             layer = None if cache is None else cache[f"layer_{spec.index}"]
             ring = isinstance(cache, _cache.WindowedCache)
-            plans[kind] = plan_layer(spec, positions=positions, valid=valid, cache=layer, mask=mask, ring=ring)
+            plans[kind] = plan_layer(
+                spec,
+                positions=positions,
+                valid=valid,
+                cache=layer,
+                mask=mask,
+                ring=ring,
+                empty=ring and cache.empty,
+                groups=groups,
+            )
         result.append(plans[kind])
     return tuple(result)
 
@@ -71,8 +86,10 @@ def plan_layer(
     cache: _cache.LayerCache | None,
     mask: Bool[Array, "B T S"] | None,
     ring: bool = False,
+    empty: bool = False,
+    groups: Int[Array, "B T"] | None = None,
 ) -> LayerPlan:
-    """The plan of one kind of layer; `ring` says that `cache` is a layer of the windowed layout."""
+    """The plan of one kind of layer; `ring` says that `cache` is a layer of the windowed layout, `empty` of an empty one."""
     sin, cos = _positional_embeddings.rope_table(
         positions,
         head_dim=spec.head_dim,
@@ -86,15 +103,17 @@ def plan_layer(
     if cache is None:
         key_positions = positions
         if mask is None:
-            mask = _uncached_mask(valid, bidirectional=spec.bidirectional)
+            mask = _uncached_mask(valid, groups, bidirectional=spec.bidirectional)
     elif ring:
-        write = _cache.plan_ring_write(cache, positions, valid, window=spec.window)
-        mask, key_positions = _ring_mask(cache, write, positions, valid, mask)
+        write = _cache.plan_ring_write(cache, positions, valid, window=spec.window, empty=empty)
+        mask, key_positions = _ring_mask(cache, write, positions, valid, mask, groups)
     else:
-        write = _cache.plan_block_write(cache, positions)
+        write = _cache.plan_block_write(cache, positions, valid)
         key_positions = write.positions
         if mask is None:
-            mask = _block_mask(cache["end_index"][0] % key_positions.shape[1], valid, key_positions.shape[1])
+            mask = _block_mask(
+                cache["end_index"][0] % key_positions.shape[1], key_positions, positions.shape[1], groups
+            )
     if spec.window is not None:
         mask = mask & window_mask(positions, key_positions, spec.window, bidirectional=spec.bidirectional)
     return LayerPlan(sin, cos, mask, write)
@@ -110,20 +129,33 @@ def window_mask(
     return distance < window
 
 
-def _uncached_mask(valid: Bool[Array, "B T"], *, bidirectional: bool) -> Bool[Array, "B T T"]:
+def _uncached_mask(
+    valid: Bool[Array, "B T"], groups: Int[Array, "B T"] | None, *, bidirectional: bool
+) -> Bool[Array, "B T T"]:
     if bidirectional:
         return jnp.broadcast_to(valid[:, None, :], (*valid.shape, valid.shape[1]))
-    return _attention_mask.make_causal_mask(valid)
+    mask = _attention_mask.make_causal_mask(valid)
+    return mask if groups is None else mask | _attention_mask.same_group(groups, groups)
 
 
-def _block_mask(start: Int[Array, ""], valid: Bool[Array, "B T"], slots: int) -> Bool[Array, "B T S"]:
-    """Full layout: what earlier calls stored, and the chunk's own tokens up to the query."""
-    length = valid.shape[1]
-    index = jnp.arange(slots, dtype=jnp.int32) - start  # of each slot within the chunk; negative: stored earlier
-    own = jnp.take_along_axis(valid, jnp.clip(index, 0, length - 1)[None, :], axis=1)
-    seen = own | (index < 0)[None, :]
-    causal = index[None, :] <= jnp.arange(length, dtype=jnp.int32)[:, None]
-    return causal[None] & seen[:, None, :]
+def _block_mask(
+    start: Int[Array, ""], stored: Int[Array, "B S"], length: int, groups: Int[Array, "B T"] | None
+) -> Bool[Array, "B T S"]:
+    """Full layout: what earlier calls stored, and the chunk's own tokens up to the query or in its image.
+
+    Args:
+      start: the chunk's first slot.
+      stored: positions of the slots after the write, negative on padding.
+      length: T.
+      groups: of the chunk's tokens.
+    """
+    index = jnp.arange(stored.shape[1], dtype=jnp.int32) - start  # of each slot within the chunk; negative: earlier
+    seen = (index[None, :] <= jnp.arange(length, dtype=jnp.int32)[:, None])[None]
+    if groups is not None:
+        inside = (index >= 0) & (index < length)
+        own = jnp.take_along_axis(groups, jnp.clip(index, 0, length - 1)[None, :], axis=1)
+        seen = seen | _attention_mask.same_group(groups, jnp.where(inside[None, :], own, 0))
+    return seen & (stored >= 0)[:, None, :]
 
 
 def _ring_mask(
@@ -132,10 +164,13 @@ def _ring_mask(
     positions: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     mask: Bool[Array, "B T S"] | None,
+    groups: Int[Array, "B T"] | None,
 ) -> tuple[Bool[Array, "B T S'"], Int[Array, "B S'"]]:
     """Windowed layout: the base mask over the keys that `write.store` returns, and the positions of those keys."""
     slots = cache["positions"].shape[1]
-    if isinstance(write, _cache.ChunkWrite) and write.read_first:
+    if isinstance(write, _cache.ChunkWrite) and write.alone:
+        keys, number = jnp.where(valid, positions, _cache.EMPTY), jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+    elif isinstance(write, _cache.ChunkWrite) and write.read_first:
         chunk = jnp.where(valid, positions, _cache.EMPTY)
         keys = jnp.concatenate([cache["positions"], chunk], axis=1)
         counted = cache["end_index"][:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
@@ -144,6 +179,19 @@ def _ring_mask(
         keys, number = write.positions, _cache.newest_number(write.end_index, slots)
     stored = (keys >= 0)[:, None, :]
     if mask is None:
-        return stored & (keys[:, None, :] <= positions[:, :, None]), keys
+        seen = keys[:, None, :] <= positions[:, :, None]
+        if groups is not None and isinstance(write, _cache.ChunkWrite):
+            seen = seen | _attention_mask.same_group(groups, _key_groups(groups, write))
+        return stored & seen, keys
     columns = jnp.clip(number, 0, mask.shape[2] - 1)[:, None, :]
     return stored & jnp.take_along_axis(mask, columns, axis=2), keys
+
+
+def _key_groups(groups: Int[Array, "B T"], write: _cache.ChunkWrite) -> Int[Array, "B S'"]:
+    """The groups of the keys that `write.store` returns; what was stored earlier has none."""
+    if write.alone:
+        return groups
+    if write.read_first:
+        return jnp.pad(groups, ((0, 0), (write.source.shape[1], 0)))
+    own = jnp.take_along_axis(groups, jnp.maximum(write.source, 0), axis=1)
+    return jnp.where(write.source >= 0, own, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder: tokens in, logits and a new cache out. The models with sizes are in `_gemma.py`.
+"""The decoder: tokens and images in, logits and a new cache out. The models with sizes are in `_gemma.py`.
 
 `Transformer.__call__` is not jitted: whoever calls it often (a sampler, a training step) jits around it, so a wrapper
 that intercepts its layers (LoRA, quantization) can never meet a program compiled for another wrapper.
@@ -17,9 +17,9 @@ import numpy as np
 from flax import linen as nn
 
 from gemma.config import GemmaConfig
-from gemma.errors import ConfigError, ContextFull, PromptError, ShapeError
+from gemma.errors import ConfigError, ContextFull, ShapeError
 from gemma.gm.math import _pos_utils
-from gemma.gm.nn import _cache, _layers, _modules, _plan
+from gemma.gm.nn import _cache, _images, _layers, _modules, _plan
 from gemma.gm.nn._config import ModelInfo, TransformerConfig
 from gemma.gm.typing import Array, Bool, DType, Float, Int, Sharding, UInt8
 from gemma.gm.utils import _jax_utils
@@ -74,7 +74,13 @@ class Transformer(nn.Module, kw_only=True):
         config = self.config
         if not config.source.tie_word_embeddings:
             raise ConfigError("tie_word_embeddings is False: the JAX networks use the embedding table as output head")
-        self.embedder = _modules.Embedder(config.num_embed, config.embed_dim, dtype=self.dtype)
+        encoder = config.vision_encoder
+        if encoder is None:
+            vision = {}
+        else:
+            self._encoder = encoder.clone(parent=self, name="vision_encoder")
+            vision = dict(vision_proj_dim=encoder.width, vision_norm_eps=encoder.siglip_encoder.norm_eps)
+        self.embedder = _modules.Embedder(config.num_embed, config.embed_dim, dtype=self.dtype, **vision)
         self.blocks = [
             _modules.Block.of(spec, config, dtype=self.dtype, name=f"layer_{spec.index}") for spec in config.layers
         ]
@@ -93,50 +99,58 @@ class Transformer(nn.Module, kw_only=True):
         self,
         tokens: Int[Array, "*B T"],
         *,
-        images: UInt8[Array, "*B I H W C"] | UInt8[Array, "*B H W C"] | None = None,
-        positions: Int[Array, "*B T"] | None = None,
+        images: UInt8[Array, "*B I H W C"] | UInt8[Array, "*B H W C"] | Float[Array, "*B I H W C"] | None = None,
+        soft_tokens: Float[Array, "*B I Q D"] | None = None,
+        positions: Int[Array, "*B T'"] | None = None,
         cache: _cache.Cache | None = None,
-        attention_mask: Bool[Array, "*B T S"] | None = None,
+        attention_mask: Bool[Array, "*B T' S"] | None = None,
         return_last_only: bool | None = None,
         return_hidden_states: bool | None = None,
     ) -> Output:
         """The forward pass. `*B` is any number of batch dimensions, none included; a cache has one, their product.
 
         Args:
-          tokens: ids; 0 is padding, on either side, and is neither attended to nor stored in a windowed cache.
-          images: refused by a model without a vision encoder.
+          tokens: ids; 0 is padding, on either side, which nothing attends to.
+          images: the pictures of each row, in the order of the `<start_of_image>` in it, each of which becomes the
+            tokens of one picture: T' is T plus Q + 3 for each of the I pictures. uint8 of any size, or floats in -1..1
+            of the encoder's size (`gm.vision.load_images`). Rows with fewer pictures than others end in black ones.
+          soft_tokens: instead, what `encode_images` made of them. The tokens are expanded already, T' is T.
           positions: 0-based, in tokens. None: counted over the real tokens, on top of what the cache holds.
           cache: from `init_cache` or an earlier call, in either layout. Its dtype may differ from the weights'.
-          attention_mask: True where a query (T) may look at a key (S), before sliding windows. The columns are the
+          attention_mask: True where a query (T') may look at a key (S), before sliding windows. The columns are the
             tokens themselves without a cache, the slots of a cache in the full layout, the row's token numbers in the
-            windowed layout. None: causal, without padding. With a full cache that holds padding of earlier calls, it
-            must be given.
+            windowed layout. None: causal, without padding, and both ways inside an image.
           return_last_only: logits and hidden states after the last real token of each row only.
           return_hidden_states: also return the activations after the final norm.
 
         Returns:
-          An `Output`.
+          An `Output`, of T positions: logits at a `<start_of_image>` are those after its picture.
 
         Raises:
           ShapeError: (a ValueError) the shapes or dtypes of the arguments do not fit.
-          PromptError: (a ValueError) images came and the model has no vision encoder.
+          PromptError: (a ValueError) images came and the model has no vision encoder, or markers and images differ in
+            number, or an id is outside of the table; under jit the numbers are unknown and nothing is noticed.
           ContextFull: (a ValueError) more tokens than the cache has room for. Under jit only a chunk longer than a full
             cache is noticed: whoever jits counts the tokens, as the samplers do.
           ConfigError: (a ValueError) float16 parameters in Gemma 3, or a configuration with an untied head.
         """
         if self.return_last_only is not None or return_last_only is not None:
             return_last_only = nn.merge_param("return_last_only", self.return_last_only, return_last_only)
-        self._check_images(images)
-        batch, tokens, positions, attention_mask = _flatten(tokens, positions, attention_mask)
+        tokens = _integers("tokens", tokens)
+        pictures = _images.check(self, tokens, images, soft_tokens)
+        _images.check_ids(tokens, self.config.num_embed, soft_tokens is not None)
+        extra = _images.extra_length(pictures, self.config)
+        batch, tokens, positions, attention_mask = _flatten(tokens, positions, attention_mask, extra)
+        given, tokens = tokens, _images.expand(tokens, pictures, self.config)
         valid = tokens != 0
         if cache is not None:
             _check_cache(cache, self.config, tokens.shape[0])
             _check_room(cache, valid)
         if positions is None:
             positions = _positions(valid, cache)
-        x, cache = self._decode(tokens, positions, valid, cache, attention_mask)
-        if return_last_only:
-            x = _last(x, valid)
+        x = self._embed(tokens, pictures)
+        x, cache = self._decode(x, positions, valid, cache, attention_mask, _images.groups(tokens, pictures))
+        x = _last(x, valid) if return_last_only else _images.contract(x, given, pictures, self.config)
         x = self.final_norm(x)
         logits = self._head(x)
         restore = functools.partial(_jax_utils.unflatten_batch, shape=batch)
@@ -165,10 +179,35 @@ class Transformer(nn.Module, kw_only=True):
             batch_size, dtype, cache_length=cache_length, windowed=windowed, sharding=sharding
         )
 
-    def _decode(self, tokens, positions, valid, cache, mask) -> tuple[Array, _cache.Cache | None]:
+    def encode_images(
+        self, images: UInt8[Array, "*B I H W C"] | Float[Array, "*B I H W C"]
+    ) -> Float[Array, "*B I Q D"]:
+        """Pictures to the vectors that stand for them in a prompt, for `soft_tokens` of as many calls as one likes.
+
+        `model.apply({"params": params}, images, method="encode_images")`; the pictures as in `__call__`.
+        """
+        encoder = self.config.vision_encoder
+        if encoder is None:
+            _images.check(self, (), images, None)  # says so
+        patches = self._encoder.patchify_images(images)
+        lead, patches = patches.shape[:-2], patches.reshape(-1, 1, *patches.shape[-2:])
+        encoded = self._encoder(patches=patches, is_training=False)
+        soft_tokens = self.embedder.encode_vision(encoded)
+        return soft_tokens.reshape(*lead, *soft_tokens.shape[-2:])
+
+    def _embed(self, tokens: Int[Array, "B T"], pictures: _images.Images | None) -> Float[Array, "B T D"]:
+        soft_tokens = None if pictures is None else pictures.soft_tokens
+        if pictures is not None and soft_tokens is None:
+            soft_tokens = self.encode_images(pictures.pixels)
+        elif pictures is None and self.config.vision_encoder is not None and self.is_initializing():
+            encoder = self.config.vision_encoder
+            self.encode_images(jnp.zeros((1, *encoder.image_shape), jnp.float32))  # so that its parameters exist
+        x = self.embedder.encode(jnp.maximum(tokens, 0))
+        return _images.merge(x, tokens, soft_tokens)
+
+    def _decode(self, x, positions, valid, cache, mask, groups) -> tuple[Array, _cache.Cache | None]:
         specs = self.config.layers
-        plans = _plan.plan_layers(specs, positions=positions, valid=valid, cache=cache, mask=mask)
-        x = self.embedder.encode(tokens)
+        plans = _plan.plan_layers(specs, positions=positions, valid=valid, cache=cache, mask=mask, groups=groups)
         if x.dtype == jnp.float16 and self.config.use_qk_norm:
             raise ConfigError(
                 "float16 cannot hold the activations of Gemma 3 and later (they exceed 65504 and turn into NaN): use "
@@ -189,28 +228,20 @@ class Transformer(nn.Module, kw_only=True):
         logits = self.embedder.logits(x)  # float32: the cap is applied before rounding
         return (jnp.tanh(logits / cap) * cap).astype(x.dtype)
 
-    def _check_images(self, images: Any) -> None:
-        if images is None:
-            return
-        reason = ""
-        if getattr(self, "text_only", False):
-            reason = " The model was created with `text_only=True`."
-        elif self.config.source.vision is not None:
-            reason = " This release runs the text decoder of this model only: pass no images."
-        raise PromptError(
-            f"The model '{type(self).__name__}' does not have vision encoder, yet images are provided.{reason}"
-        )
+
+def _integers(name: str, array: Any) -> Array:
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ShapeError(f"{name}: expected integers, got {array.dtype}")
+    if array.ndim < 1:
+        raise ShapeError(f"{name}: expected at least 1 axes, got the shape {tuple(array.shape)}")
+    return array
 
 
-def _flatten(tokens: Any, positions: Any, attention_mask: Any):
-    """Arguments as arrays with one batch dimension, and the batch shape to restore."""
-    tokens = jnp.asarray(tokens)
-    positions = None if positions is None else jnp.asarray(positions)
+def _flatten(tokens: Array, positions: Any, attention_mask: Any, extra: int):
+    """Arguments as arrays with one batch dimension, and the batch shape to restore; images add `extra` queries."""
+    positions = None if positions is None else _integers("positions", positions)
     attention_mask = None if attention_mask is None else jnp.asarray(attention_mask)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ShapeError(f"tokens: expected integers, got {tokens.dtype}")
-    if positions is not None and not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise ShapeError(f"positions: expected integers, got {positions.dtype}")
     if attention_mask is not None and attention_mask.dtype != jnp.bool_:
         raise ShapeError(f"attention_mask: expected booleans, got {attention_mask.dtype}")
     batch = _jax_utils.batch_shape(
@@ -220,8 +251,11 @@ def _flatten(tokens: Any, positions: Any, attention_mask: Any):
     if length == 0:
         raise ShapeError("tokens: expected at least one token per row, got none")
     for name, array, axis in (("positions", positions, -1), ("attention_mask", attention_mask, -2)):
-        if array is not None and array.shape[axis] != length:
-            raise ShapeError(f"{name}: expected {length} queries as in tokens, got the shape {tuple(array.shape)}")
+        if array is not None and array.shape[axis] != length + extra:
+            wanted = (
+                f"{length} queries as in tokens" if not extra else f"{length + extra} queries, image tokens included"
+            )
+            raise ShapeError(f"{name}: expected {wanted}, got the shape {tuple(array.shape)}")
     tokens, positions, attention_mask = (
         _jax_utils.flatten_batch(array, batch) for array in (tokens, positions, attention_mask)
     )
@@ -260,7 +294,7 @@ def _check_room(cache: _cache.Cache, valid: Bool[Array, "B T"]) -> None:
 
 def _positions(valid: Bool[Array, "B T"], cache: _cache.Cache | None) -> Int[Array, "B T"]:
     positions = _pos_utils.build_positions_from_mask(valid)
-    return positions if cache is None else positions + cache["layer_0"]["end_index"][:, None]
+    return positions if cache is None else positions + _cache.next_position(cache)[:, None]
 
 
 def _last(x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Float[Array, "B D"]:

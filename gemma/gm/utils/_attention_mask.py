@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base attention masks: who may look at whom before any sliding window. The window is added in `gm/nn/_masks.py`."""
+"""Base attention masks: who may look at whom before any sliding window. The window is added in `gm/nn/_plan.py`."""
 
 import jax.numpy as jnp
 
-from gemma.gm.typing import Array, Bool
+from gemma.gm.typing import Array, Bool, Int
 
 
 def make_causal_mask(valid: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
@@ -36,7 +36,16 @@ def make_causal_bidirectional_attention_mask(
     mask = make_causal_mask(causal_mask)
     if bidirectional_mask is None:
         return mask
-    before = jnp.pad(bidirectional_mask, ((0, 0), (1, 0)))[:, :-1]
-    run = jnp.cumsum(bidirectional_mask & ~before, axis=-1, dtype=jnp.int32)  # number of the run, counted from 1
-    same_run = run[:, :, None] == run[:, None, :]
-    return mask | (same_run & bidirectional_mask[:, :, None] & bidirectional_mask[:, None, :])
+    groups = run_numbers(bidirectional_mask)
+    return mask | same_group(groups, groups)
+
+
+def run_numbers(marked: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """The number of the contiguous run that each marked token is in, counted from 1 in each row; 0 if not marked."""
+    before = jnp.pad(marked, ((0, 0), (1, 0)))[:, :-1]
+    return jnp.where(marked, jnp.cumsum(marked & ~before, axis=-1, dtype=jnp.int32), 0)
+
+
+def same_group(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """Where a query and a key have the same group; 0 is no group."""
+    return (queries[:, :, None] == keys[:, None, :]) & (keys > 0)[:, None, :]
