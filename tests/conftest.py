@@ -45,7 +45,8 @@ def _isolate() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {one_thread}".strip()
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"):
         os.environ.pop(name, None)
-    for folder in ("tests/oracles", "tests/parity", "tests/real", "scripts"):  # helpers that several folders import
+    # helpers that several folders import
+    for folder in ("tests/oracles", "tests/parity", "tests/real", "tests/serving", "scripts"):
         sys.path.insert(0, str(TESTS.parent / folder))
 
 
@@ -162,6 +163,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "supports(family, framework, verb): a cell of docs/support.md rests on this test"
     )
+    config.addinivalue_line("markers", "converts(family, format, verb): a cell of docs/formats.md rests on this test")
     if config.getoption("--support-json") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SupportRecorder(pathlib.Path(config.getoption("--support-json"))))
 
@@ -169,8 +171,9 @@ def pytest_configure(config):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    for mark in item.iter_markers("supports"):
-        report.user_properties.append(("supports", list(mark.args)))  # travels from an xdist worker to its master
+    for page, name in (("support", "supports"), ("formats", "converts")):
+        for mark in item.iter_markers(name):
+            report.user_properties.append(("cell", [page, *mark.args]))  # travels from an xdist worker to its master
     return report
 
 
@@ -184,7 +187,7 @@ class SupportRecorder:
         if report.when != "call" and report.outcome == "passed":
             return
         for name, cell in report.user_properties:
-            if name == "supports":
+            if name == "cell":
                 tests = self.cells.setdefault(tuple(cell), {})
                 test = report.nodeid.split("[")[0]
                 order = ("passed", "skipped", "failed")

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import gemma
-from gemma.cli import _common, chat, doctor, fit, generate, inspect, tokenize
+from gemma.cli import _common, chat, convert, doctor, fit, generate, inspect, pull, see, tokenize
 from gemma.errors import GemmaError
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
-for _verb in (generate, chat, inspect, tokenize, fit, doctor):
+for _verb in (generate, chat, see, convert, pull, inspect, tokenize, fit, doctor):
     app.command(_verb.__name__.rpartition(".")[2], help=_verb.HELP)(_verb.command)
 
 

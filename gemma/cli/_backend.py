@@ -8,13 +8,15 @@ A backend is a TextModel. The JAX one is the session of `gm/text`; `RunnerModel`
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gemma.errors import ConfigError, FormatError, TokenizerError
+from gemma.errors import CheckpointError, ConfigError, DependencyError, FormatError, TokenizerError
 
 if TYPE_CHECKING:
     from gemma.config import GemmaConfig
@@ -86,10 +88,11 @@ def is_tuned(path: Path) -> bool:
 
 
 class RunnerModel:
-    """A TextModel over a runner: one slot, filled with what is new in each call."""
+    """A TextModel over a runner: one slot, filled with what is new in each call. `blocked` ids are never picked."""
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: Runner, blocked: Collection[int] = ()):
         self._runner = runner
+        self._blocked = dict.fromkeys(blocked, -math.inf)
         self._held: list[int] = []
 
     def begin(self, context: int) -> None:
@@ -100,6 +103,8 @@ class RunnerModel:
         from gemma.sampling import sample, step_seed
         from gemma.serving.runner import StepIn
 
+        if self._blocked:
+            params = dataclasses.replace(params, logit_bias={**params.logit_bias, **self._blocked})
         ids, held = list(ids), self._held
         if ids[: len(held)] != held or len(held) == len(ids):  # not a continuation, or nothing new to compute
             self._runner.free(0)
@@ -124,11 +129,42 @@ def _open_jax(name: str, path: Path, dtype: str) -> Opened:
 
     loaded = load_model(path, dtype=dtype)
     if loaded.tokenizer is None:
-        raise TokenizerError(
-            f"{path}: no tokenizer came with these weights; put the model's tokenizer.model or tokenizer.json beside "
-            f"them"
-        )
+        raise _no_tokenizer(path)
     return Opened(name, path, loaded.tokenizer, loaded.config, Session(loaded))
 
 
-BACKENDS: dict[str, Callable[[str, Path, str], Opened]] = {"jax": _open_jax}
+def _open_torch(name: str, path: Path, dtype: str) -> Opened:
+    if importlib.util.find_spec("torch") is None:
+        raise DependencyError("torch", "torch", "--backend torch")
+    from gemma.serving._runner_torch import load_runner
+    from gemma.tokenizer import Tokenizer
+
+    source = _tokenizer_source(path)
+    if source is None:
+        raise _no_tokenizer(path)
+    tokenizer = Tokenizer.from_source(source)
+    runner = load_runner(path, dtype=dtype)
+    config = runner.info.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its embedding {config.vocab_size} rows; the two do "
+            f"not belong together"
+        )
+    nameless = range(tokenizer.vocab_size, config.vocab_size)  # rows of the table that stand for no token
+    return Opened(name, path, tokenizer, config, RunnerModel(runner, (tokenizer.special.pad, *nameless)))
+
+
+def _tokenizer_source(path: Path):
+    from gemma.checkpoint import open_checkpoint
+
+    with open_checkpoint(path) as opened:
+        return opened.tokenizer_source()
+
+
+def _no_tokenizer(path: Path) -> TokenizerError:
+    return TokenizerError(
+        f"{path}: no tokenizer came with these weights; put the model's tokenizer.model or tokenizer.json beside them"
+    )
+
+
+BACKENDS: dict[str, Callable[[str, Path, str], Opened]] = {"jax": _open_jax, "torch": _open_torch}

@@ -46,7 +46,7 @@ Context = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, bfloat16 or float16.")]
-BackendName = Annotated[str, typer.Option("--backend", metavar="NAME", help="What computes: jax.")]
+BackendName = Annotated[str, typer.Option("--backend", metavar="NAME", help="What computes: jax or torch.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", metavar="T", help="0 is greedy: always the likeliest token.")
 ]

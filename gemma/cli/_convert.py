@@ -25,6 +25,7 @@ from gemma.errors import CheckpointError, ConfigError
 from gemma.saving import SaveReport
 
 ORBAX = "orbax"
+DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = (*saving.FORMATS, ORBAX)
 
 Progress = Callable[[str, int, int], None]
@@ -40,7 +41,7 @@ class Request:
     quantize: str | None = None
     dtype: str | None = None
     imatrix: Path | None = None
-    layout: str = "nested"
+    layout: str | None = None
     text_only: bool = False
     tokenizer: Path | None = None
     config: Path | None = None
@@ -51,17 +52,18 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
+    """What was done; `report.path` holds the model only if `proof.problems` is empty."""
+
     report: SaveReport
     proof: Proof
     seconds: Mapping[str, float]
 
 
 def convert(request: Request, progress: Progress) -> Result:
-    """Converts; the destination appears only when the proof holds.
+    """Converts; the destination appears only when the proof holds, that is, when `proof.problems` is empty.
 
     Raises:
       GemmaError: the source cannot be read or the destination not written.
-      CheckpointError: what was written is not what it should be; nothing appears under the destination's name.
     """
     check(request)
     seconds: dict[str, float] = {}
@@ -75,9 +77,8 @@ def convert(request: Request, progress: Progress) -> Result:
             start = time.perf_counter()
             proof = prove(request, source, config, report, staged, progress, tokenizer)
             seconds["checking"] = time.perf_counter() - start
-            if proof.problems:
-                raise CheckpointError(_failure(request, proof))
-            publish(staged, request.destination, replace=request.replace)
+            if not proof.problems:
+                publish(staged, request.destination, replace=request.replace)
     moved = [request.destination / file.relative_to(staged) for file in report.files]
     files = (request.destination,) if request.destination.is_file() else tuple(moved)
     return Result(dataclasses.replace(report, path=request.destination, files=files), proof, seconds)
@@ -89,12 +90,17 @@ def check(request: Request) -> None:
 
     if request.format not in FORMATS:
         raise ConfigError(f"--to: expected one of {', '.join(FORMATS)}, got {request.format!r}")
-    folder = request.format == ORBAX or saving.FORMATS[request.format].folder
-    check_destination(request.destination, replace=request.replace, folder=folder)
     if request.format == ORBAX and (request.quantize or request.imatrix):
         raise ConfigError("--quantize, --imatrix: an Orbax checkpoint holds floats")
-    if os.path.realpath(request.source) == os.path.realpath(request.destination):
-        raise ConfigError(f"{request.destination}: source and destination are the same")
+    if request.format != ORBAX and request.layout is not None:
+        raise ConfigError(f"--layout: only an Orbax checkpoint has layouts, not {request.format}")
+    if request.dtype is not None and request.dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {request.dtype[:80]!r}")
+    source, destination = (Path(os.path.realpath(path)) for path in (request.source, request.destination))
+    if destination == source or destination in source.parents:  # replacing it would delete what is being read
+        raise ConfigError(f"{request.destination}: is the source, or holds it; give another destination")
+    folder = request.format == ORBAX or saving.FORMATS[request.format].folder
+    check_destination(request.destination, replace=request.replace, folder=folder)
 
 
 def _config(request: Request, source: Checkpoint) -> Any:
@@ -151,7 +157,13 @@ def _write(request, source, config, tokenizer, staged: Path, progress: Progress)
         from gemma.gm.ckpts._save import save_tensors
 
         return save_tensors(
-            staged, tensors, config, layout=request.layout, dtype=request.dtype, tokenizer=tokenizer, progress=advance
+            staged,
+            tensors,
+            config,
+            layout=request.layout or "nested",
+            dtype=request.dtype,
+            tokenizer=tokenizer,
+            progress=advance,
         )
     return saving.save(
         staged,
@@ -185,10 +197,11 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
         return found
 
 
-def _failure(request: Request, proof: Proof) -> str:
+def failure(request: Request, proof: Proof) -> str:
+    """What is said, in lines, when the proof does not hold."""
     shown = "".join(f"\n  {problem}" for problem in proof.problems[:20])
     more = f"\n  and {len(proof.problems) - 20} more" if len(proof.problems) > 20 else ""
     return (
-        f"{request.destination}: NOT converted: what was written does not hold what it should. Nothing is left under "
-        f"this name. This is a defect of gemmakit, or of the disk:{shown}{more}"
+        f"{request.destination}: NOT converted: what was written does not hold what it should, and was deleted again. "
+        f"The format cannot express this model, or this is a defect of gemmakit or of the disk:{shown}{more}"
     )

@@ -51,7 +51,10 @@ Floats = Annotated[
 Imatrix = Annotated[
     Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance matrix for --quantize: .npz or GGUF.")
 ]
-Layout = Annotated[str, typer.Option("--layout", metavar="NAME", help="orbax: nested, flat, stacked or kauldron.")]
+Layout = Annotated[
+    str | None,
+    typer.Option("--layout", metavar="NAME", help="orbax: nested (the default), flat, stacked or kauldron."),
+]
 TextOnly = Annotated[bool, typer.Option("--text-only", help="Only the decoder of a model with images.")]
 Vocabulary = Annotated[
     Path | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.model or tokenizer.json to go with it.")
@@ -75,7 +78,7 @@ def command(
     quantize: Quantize = None,
     dtype: Floats = None,
     imatrix: Imatrix = None,
-    layout: Layout = "nested",
+    layout: Layout = None,
     text_only: TextOnly = False,
     tokenizer: Vocabulary = None,
     config: Config = None,
@@ -105,6 +108,9 @@ def command(
     )
     with steps() as progress:
         result = _convert.convert(request, progress)
+    if result.proof.problems:
+        typer.echo(f"gemma: error: {_convert.failure(request, result.proof)}", err=True)
+        raise typer.Exit(_common.FAILED)
     if as_json:
         _common.write(json.dumps(_data(request, result), default=str) + "\n")
     else:
@@ -124,6 +130,7 @@ def _data(request, result) -> dict[str, Any]:
         "tensors": [dataclasses.asdict(tensor) for tensor in proof.comparison.tensors],
         "logits": None if proof.logits is None else dataclasses.asdict(proof.logits),
         "logits_left_out": proof.no_logits,
+        "tokenizer": proof.tokenizer,
         "seconds": dict(result.seconds),
     }
 
@@ -149,7 +156,7 @@ def page(request, result) -> str:
         proven.append(("", f"{len(tensors) - exact} were quantized, each off by the error that was announced"))
     if proof.comparison.config:
         proven += [("config", line) for line in proof.comparison.config]
-    proven.append(("logits", _logits(proof)))
+    proven += [("tokenizer", proof.tokenizer), ("logits", _logits(proof))]
     text = _common.columns(rows) + "\nproven by opening what was written\n" + _common.columns(proven)
     worst = worst_tensors(proof.comparison)
     if worst:

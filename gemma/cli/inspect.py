@@ -88,7 +88,7 @@ def command(
 
 
 def _compare(one, two, every: bool, as_json: bool) -> None:
-    """Says what differs; exit code 1 if the numbers do."""
+    """Says what differs; exit code 1 if the numbers do, or what the network computes from them."""
     from gemma.cli._progress import steps
     from gemma.cli._proof import open_any, worst_tensors
     from gemma.compare import compare
@@ -98,7 +98,9 @@ def _compare(one, two, every: bool, as_json: bool) -> None:
     changed = [t for t in found.tensors if not t.equal]
     if as_json:
         data = dataclasses.asdict(found) | {"a": str(one), "b": str(two), "same_values": found.same_values}
-        _common.write(json.dumps(data) + "\n")
+        for row in data["tensors"]:  # JSON has no word for what is not a number
+            row |= {key: None for key in ("max_abs", "rmse", "scale") if not math.isfinite(row[key])}
+        _common.write(json.dumps(data | {"same_model": found.same_model}) + "\n")
     else:
         rows = [("a", one), ("b", two), *(("configuration", line) for line in found.config)]
         rows += [("only in a", name) for name in found.only_a] + [("only in b", name) for name in found.only_b]
@@ -114,7 +116,7 @@ def _compare(one, two, every: bool, as_json: bool) -> None:
                 relative = f"{t.rmse / t.scale:.2%}" if t.scale else "-"
                 table.append((t.name, *t.dtypes, relative, f"{t.rmse:.2e}", f"{t.max_abs:.2e}"))
             _common.write("\n" + _common.columns(table, right=[3, 4, 5]))
-    if not found.same_values:
+    if not found.same_model:
         raise typer.Exit(_common.FAILED)
 
 

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights into PyTorch modules: strict, tensor by tensor, nothing half-loaded.
+
+Every module's parameters have Hugging Face's names, so one function serves them all. What is in a file is
+`gemma/checkpoint.py`'s business, which names there are `gemma/weights`'. Each parameter is one fresh buffer that the
+reader fills; a module on the meta device needs no more memory than its parameters and the tensor being read.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gemma import config as configs
+from gemma import hub, weights
+from gemma.checkpoint import Checkpoint, load_tensors, open_checkpoint
+from gemma.errors import UnsupportedError, WeightsMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    config: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    text_only: bool = False,
+) -> None:
+    """Replaces every parameter of a module by the checkpoint's.
+
+    Build the module under `torch.device("meta")`, and at no time more than its parameters and one tensor exists. On any
+    error the module is as it was before.
+
+    Args:
+      model: its parameters have the names of the "hf" column of the weight table (the first spelling).
+      checkpoint: open, of any format.
+      config: the checkpoint's configuration.
+      dtype: float32, bfloat16 or float16. None: bfloat16 if all matrices are stored so, else float32.
+      device: where the parameters live.
+      text_only: the module is the text decoder alone; leave a vision tower in the file.
+
+    Raises:
+      WeightsMismatch: tensors that are missing, unexpected or of the wrong shape, in the file or in the module.
+      UnsupportedError: a dtype that the model cannot run in.
+    """
+    check_dtype(dtype, config)
+    tensors = list(load_tensors(checkpoint, config, text_only=text_only))
+    own = configs.text_only(config) if text_only and isinstance(config, configs.GemmaConfig) else config
+    names = {tensor.name: tensor.slots["hf"].name for tensor in weights.tensors(own)}
+    shapes = {names[tensor.name]: tensor.shape for tensor, _ in tensors}
+    _check_module(model, shapes, checkpoint)
+    if dtype is None:
+        stored = {reader.dtype for tensor, reader in tensors if len(tensor.shape) > 1}
+        dtype = torch.bfloat16 if stored == {"BF16"} else torch.float32
+    state = {}
+    for tensor, reader in tensors:
+        buffer = torch.empty(tensor.shape, dtype=dtype)
+        reader(out=as_numpy(buffer))
+        checkpoint.release(reader.slot.name)
+        state[names[tensor.name]] = buffer.to(device)
+    for name, value in state.items():
+        _assign(model, name, value)
+
+
+def text_from_pretrained(
+    cls: type[M], path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> M:
+    """A text model of class `cls` (built from a GemmaConfig) with the weights of a checkpoint, in evaluation mode.
+
+    Args:
+      cls: GemmaForCausalLM, or a class like it.
+      path: what `gemma.hub.resolve` takes: a file, a folder, or `demo`. Of Gemma 3 with images, the text decoder.
+      dtype, device: as in `load_weights`.
+
+    Raises:
+      HubError, CheckpointError, WeightsMismatch: the checkpoint cannot be found or used.
+      UnsupportedError: it holds a model that does not continue text, or the dtype does not fit.
+    """
+    path = hub.resolve(path)
+    with open_checkpoint(path) as checkpoint:
+        config = checkpoint.config()
+        if not isinstance(config, configs.GemmaConfig) or config.use_bidirectional_attention:
+            kind = type(config).__name__.removesuffix("Config")
+            hint = "; see paligemma.modeling_paligemma" if isinstance(config, configs.PaliGemmaConfig) else ""
+            raise UnsupportedError(
+                f"{path}: holds a {kind} model that does not continue text; expected a Gemma decoder{hint}"
+            )
+        with torch.device("meta"):
+            model = cls(configs.text_only(config))
+        load_weights(model, checkpoint, config, dtype=dtype, device=device, text_only=True)
+    return model.eval()
+
+
+def check_dtype(dtype: torch.dtype | None, config: Any) -> None:
+    """Refuses what is no float type, and float16 where the activations of the model do not fit into it."""
+    if dtype is not None and dtype not in _NUMPY:
+        expected = ", ".join(str(known).removeprefix("torch.") for known in _NUMPY)
+        raise UnsupportedError(f"dtype: expected one of {expected}, got {dtype}")
+    if dtype == torch.float16 and getattr(config, "use_qk_norm", False):
+        raise UnsupportedError(
+            "float16 cannot run Gemma 3: its activations pass 65504, the largest float16, and the text becomes NaN; "
+            "use bfloat16 or float32"
+        )
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """A CPU tensor's memory as an array; bfloat16 through its bits, which torch's own conversion refuses."""
+    dtype = np.dtype(_NUMPY[tensor.dtype])
+    return tensor.view(torch.uint8 if tensor.ndim else tensor.dtype).numpy().view(dtype)
+
+
+def _check_module(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+    """The module must have exactly the tensors that will be read; every difference is listed."""
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    misshaped = [
+        f"{name}: expected {own[name]} (of the module), got {shape}"
+        for name, shape in shapes.items()
+        if name in own and own[name] != tuple(shape)
+    ]
+    missing, unexpected = sorted(set(own) - set(shapes)), sorted(set(shapes) - set(own))
+    if missing or unexpected or misshaped:
+        hint = "the module was built from another configuration than the checkpoint's"
+        raise WeightsMismatch(checkpoint.path, missing=missing, unexpected=unexpected, misshaped=misshaped, hint=hint)
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    """Puts a tensor in a parameter's place; who was frozen stays so."""
+    *path, last = name.split(".")
+    owner = model.get_submodule(".".join(path))
+    setattr(owner, last, nn.Parameter(value, requires_grad=getattr(owner, last).requires_grad))
