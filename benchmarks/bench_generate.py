@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast the JAX path generates: cold start, compile times without and with the persistent cache, prefill, decode.
+"""How fast the JAX path generates: cold start, compile times without and with the persistent cache, prefill, decode,
+a batch of eight, and what streaming costs.
 
     python benchmarks/bench_generate.py [--model demo] [--dtype float32|bfloat16] [--runs 3] [--peers DIR]
 
@@ -13,6 +14,7 @@ The last line is one JSON object. Close other programs: the figures are those of
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -26,6 +28,7 @@ PROMPT = "The history of computing began"
 PREFILL = (64, 256, 512)
 DECODE = 64
 DEPTHS = (16, 512)
+BATCH = 8
 
 
 def measure(model: str, dtype: str) -> dict:
@@ -73,6 +76,7 @@ def measure(model: str, dtype: str) -> dict:
             "xla_s": sum(compiled),
             "tokens_per_s": 1 / step,
         }
+    out.update(measure_sampler(text, loaded, compiled, filler))
     leaves = jax.tree.leaves(loaded.params)
     read = jax.jit(lambda leaves: sum(leaf.sum(dtype="float32") for leaf in leaves))
     seconds = []
@@ -82,6 +86,46 @@ def measure(model: str, dtype: str) -> dict:
         seconds.append(time.perf_counter() - begin)
     out["weights_bytes"] = sum(leaf.nbytes for leaf in leaves)
     out["bandwidth_limit_tokens_per_s"] = 1 / min(seconds)
+    return out
+
+
+def measure_sampler(text, loaded, compiled: list[float], filler: list[int]) -> dict:
+    """Decoding in a batch, with the loop on the device, and one sequence streamed and not."""
+    sampler = text.Sampler(
+        model=loaded.model,
+        params=loaded.params,
+        tokenizer=loaded.tokenizer,
+        cache_length=512,
+        max_out_length=DECODE + 1,
+    )
+    depth, out = DEPTHS[0], {}
+    prompts = [filler[b : b + depth] for b in range(BATCH)]  # differ, so that none ends when another does
+    # A prompt of tokens that no text holds may end early: end tokens are forbidden, so that every row decodes DECODE.
+    special = loaded.tokenizer.special
+    sampler = dataclasses.replace(sampler, forbidden_tokens=[i for i in (special.eos, special.end_of_turn) if i])
+
+    def seconds(prompt, count: int, stream: bool) -> float:
+        begin = time.perf_counter()
+        made = sampler.sample(prompt, max_new_tokens=count, stream=stream)
+        if stream:
+            for _ in made:
+                pass
+        return time.perf_counter() - begin
+
+    for name, prompt, rows, stream in (
+        (f"decode_batch_{BATCH}", prompts, BATCH, False),
+        ("decode_batch_1", prompts[0], 1, False),
+        ("decode_streamed", prompts[0], 1, True),
+    ):
+        compiled.clear()
+        cold = seconds(prompt, DECODE + 1, stream)
+        first = min(seconds(prompt, 1, stream) for _ in range(3))  # the prompt and one token
+        whole = min(seconds(prompt, DECODE + 1, stream) for _ in range(2))
+        out[name] = {
+            "ready_s": cold - whole,
+            "xla_s": sum(compiled),
+            "tokens_per_s": rows * DECODE / (whole - first),
+        }
     return out
 
 
@@ -138,6 +182,7 @@ def main() -> None:
     rows += [("start to first token, s", f"{cold['start_to_first_token_s']:.2f}", f"{best['start_s']:.2f}")]
     rows += [("of which loading, s", f"{cold['load_s']:.2f}", f"{best['load_s']:.2f}")]
     names = [*(f"prefill_{n}" for n in PREFILL), *(f"decode_{n}" for n in DEPTHS)]
+    names += [f"decode_batch_{BATCH}", "decode_batch_1", "decode_streamed"]
     for name in names:
         ready = min(w[name]["ready_s"] for w in warm)
         rows.append((f"{name}: until compiled, s", f"{cold[name]['ready_s']:.2f}", f"{ready:.2f}"))
@@ -149,6 +194,10 @@ def main() -> None:
         best[name] = max(w[name]["tokens_per_s"] for w in [cold, *warm])
         rows.append((name, f"{best[name]:.1f}", f"{other[name]:.1f}" if other and name in other else "-"))
     best["of_the_limit"] = best[f"decode_{DEPTHS[0]}"] / limit
+    best["batch_over_one"] = best[f"decode_batch_{BATCH}"] / best["decode_batch_1"]
+    best["streaming_keeps"] = best["decode_streamed"] / best["decode_batch_1"]
+    rows.append((f"batch of {BATCH} over one", f"{best['batch_over_one']:.2f} x", ""))
+    rows.append(("streaming, of the loop on the device", f"{best['streaming_keeps']:.0%}", ""))
     rows.append((f"limit of the memory, {arguments.dtype}", f"{limit:.1f}", ""))
     rows.append(("decoding, of the limit", f"{best['of_the_limit']:.0%}", ""))
     show(rows)

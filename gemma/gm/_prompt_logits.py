@@ -6,8 +6,9 @@ Nothing is sampled or cached here; that is `gm/text`.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,12 @@ def prompt_logits(path: str | os.PathLike[str], config: GemmaConfig, ids: Sequen
       ids: the prompt, T tokens.
     """
     decoder = text_only(config)
-    model = Transformer.from_config(decoder, dtype=jnp.float32)
     params = load_params(path, dtype="float32", text_only=True, config=decoder)
-    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)
-    return np.asarray(apply(params, jnp.asarray([list(ids)], jnp.int32)), np.float32)[0, :, : config.vocab_size]
+    return np.asarray(_compiled(decoder)(params, jnp.asarray([list(ids)], jnp.int32)), np.float32)[0, :, : config.vocab_size]
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(decoder: GemmaConfig) -> Callable[..., jax.Array]:
+    """The forward pass of a decoder; kept, because the files that are compared hold the same one."""
+    model = Transformer.from_config(decoder, dtype=jnp.float32)
+    return jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)

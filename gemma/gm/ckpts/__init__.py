@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints as JAX parameter trees. `gemma.checkpoint` reads the files, `gemma.weights` knows names and axes."""
+"""Checkpoints as JAX parameter trees. `gemma.checkpoint` reads the files, `gemma.weights` knows names and axes.
+
+`latest_valid` and `verify_manifest` need no JAX; `gemma.saving` has them too.
+"""
 
 from gemma._lazy import attach
 
@@ -12,6 +15,6 @@ __getattr__, __dir__, __all__ = attach(
         "_orbax": ["OrbaxCheckpoint", "open_checkpoint"],
         "_partial": ["Restored", "restore_partial"],
         "_paths": ["CheckpointPath"],
-        "_save": ["save_params", "save_tensors"],
+        "_save": ["latest_valid", "save_params", "save_tensors", "verify_manifest"],
     },
 )

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which model a parameter tree is, from its names and shapes, by comparing them with the weight table.
+"""Which model a parameter tree is, from its names and shapes.
 
-A preset whose shapes are exactly these is the answer. Otherwise the sizes are read off the table's axes: enough to say
-what is missing or wrong in the tree, not enough to run it, since windows and rotary bases leave no trace in shapes.
-Quantized and adapted trees are seen through `plain_name`.
+A published model whose tensors are these is found by `weights.identify`. Otherwise the sizes are read off the table's
+axes: enough to say what is missing or wrong in the tree, not enough to run it, since windows and rotary bases leave no
+trace in shapes. Quantized and adapted trees are seen through `plain_name`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,7 +20,7 @@ from typing import Literal
 
 from gemma import config as configs
 from gemma import weights
-from gemma.config import PRESETS, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig
+from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig
 from gemma.errors import CheckpointError, ConfigError, WeightsMismatch
 from gemma.weights._axes import parse
 
@@ -92,9 +93,8 @@ def detect(shapes: Shapes) -> Detected:
     shapes = plain_shapes(shapes, "the tree")
     if not _looks_like_gemma(shapes):
         return Detected(None, "none")
-    for config in _candidates():
-        if _same_size(config, shapes) and weights.expected(config, "flax") == dict(shapes):
-            return Detected(config, "preset")
+    with contextlib.suppress(ConfigError):  # no preset: sizes are enough for a check
+        return Detected(weights.identify(shapes, format="flax", path="the tree"), "preset")
     config = _from_shapes(shapes)
     return Detected(config, "none" if config is None else "shapes")
 
@@ -125,28 +125,6 @@ def _as_stored(config: AnyConfig, plain: Shapes) -> AnyConfig:
         return config
     vision = {t.slots["flax"].name for t in weights.tensors(config) if t.part in ("vision", "mm")}
     return config if vision & set(plain) else configs.text_only(config)
-
-
-@functools.cache
-def _candidates() -> tuple[GemmaConfig | T5GemmaConfig, ...]:
-    found: list[GemmaConfig | T5GemmaConfig] = []
-    for config in PRESETS.values():
-        if isinstance(config, GemmaConfig) and config.vision is not None:
-            found += [config, configs.text_only(config)]
-        elif not isinstance(config, PaliGemmaConfig):
-            found.append(config)
-    return tuple(found)
-
-
-def _same_size(config: GemmaConfig | T5GemmaConfig, shapes: Shapes) -> bool:
-    """A quick look before the whole table is made: the embedding has that shape."""
-    sides = [config] if isinstance(config, GemmaConfig) else [config.encoder, config.decoder]
-    prefixes = [""] if isinstance(config, GemmaConfig) else [f"{side}/" for side in _SIDES]
-    table = _names_of_top()[0]
-    return all(
-        shapes.get(prefix + table) == (side.table_rows, side.hidden_size)
-        for prefix, side in zip(prefixes, sides, strict=True)
-    )
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,12 @@ class Leaf(abc.ABC):
     @abc.abstractmethod
     def fill(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
         """Writes the leaf, or the part that `index` cuts out, into `out`, in its dtype."""
+
+    def runs(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The leaf in runs of rows along its first axis; whole where it cannot be read in parts."""
+        out = np.empty(self.shape, dtype)
+        self.fill(out)
+        yield out
 
     @property
     def is_float(self) -> bool:
@@ -101,6 +107,20 @@ class TableLeaf(Leaf):
                 reader(out=part)
             else:
                 part[...] = weights.convert(reader(out.dtype), tensor.axes, slot.axes, tensor.dims)
+
+
+    def runs(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """A vocabulary table comes in runs: as a whole it would be half of a small model."""
+        (tensor, reader), slot = self._slots[0], self._slots[0][0].slots["flax"]
+        table = tensor.axes[0] == "V" and slot.axes == tensor.axes and not slot.index and slot.rows is None
+        if len(self._slots) > 1 or not table or not isinstance(reader, TensorReader):
+            yield from super().runs(dtype)
+            return
+        rows = min(self.shape[0], tensor.shape[0])
+        for start, values in reader.parts(dtype):
+            yield values[: max(0, rows - start)]
+        if rows < self.shape[0]:
+            yield np.zeros((self.shape[0] - rows, *self.shape[1:]), dtype)
 
 
 def _fill_rows(part: np.ndarray, tensor: weights.Tensor, reader: Any) -> None:

@@ -42,8 +42,8 @@ def load_params(
     """Reads a checkpoint into a nested parameter tree.
 
     Args:
-      path: a GGUF or safetensors file, a Hugging Face folder, an Orbax folder in any layout, a `CheckpointPath` (which
-        is downloaded if it is not on this machine), or `demo`.
+      path: a GGUF, safetensors, .ckpt or .sbs file, a Hugging Face folder, an Orbax folder in any layout, a
+        `CheckpointPath` (which is downloaded if it is not on this machine), or `demo`.
       params: a tree of the same structure whose leaves (arrays, or `jax.ShapeDtypeStruct`) say dtype and sharding.
       donate: free the arrays of `params` before reading; they cannot be used afterwards.
       text_only: leave the vision tower in the file.

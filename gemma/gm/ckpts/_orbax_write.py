@@ -8,9 +8,10 @@ Which leaf gets which name is `_compat.py`; what makes the folder appear at once
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,36 @@ from gemma._orbax_folder import ITEM, METADATA, STEP_METADATA
 from gemma.errors import CheckpointError, SaveError
 from gemma.gm.ckpts._compat import Keys, Layout, is_stacked, stack, stored_keys
 
-Read = Callable[[], Any]  # gives one leaf as an array, when it is its turn
-
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
-_CHUNK = 1 << 25  # bytes of one zarr chunk at most, where an axis can be cut: what a reader of a part has to decode
-_BATCH = 1 << 26  # bytes that are committed together; each commit rewrites the store's small index
+_CHUNK = 1 << 24  # bytes of one zarr chunk at most, where an axis can be cut: what a reader of a part has to decode
+# Bytes that are committed together, and that are in memory until then; each commit rewrites the store's index, so a
+# large checkpoint takes larger batches: a 32nd of what it has, up to the second number.
+_BATCH, _LARGEST_BATCH = 1 << 24, 1 << 28
 _OCDBT = dict(compression=dict(id="zstd"), max_decoded_node_bytes=100_000_000, max_inline_value_bytes=1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One leaf to be written.
+
+    Attributes:
+      shape, dtype: of the leaf.
+      runs: gives its values when it is its turn: arrays of one or more rows along the first axis, in order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    runs: Callable[[], Iterable[np.ndarray]]
+
+    @classmethod
+    def of(cls, array: Any) -> Rows:
+        """A leaf that is in memory; a JAX array on the CPU is not copied."""
+        return cls(tuple(array.shape), np.dtype(array.dtype), lambda: [np.ascontiguousarray(np.asarray(array))])
 
 
 def write_orbax(
     folder: Path,
-    leaves: Mapping[str, Read],
+    leaves: Mapping[str, Rows],
     *,
     layout: str | Layout = Layout.NESTED,
     pattern_length: int = 1,
@@ -42,7 +62,7 @@ def write_orbax(
 
     Args:
       folder: where to.
-      leaves: slash name in the NESTED tree, and a function that gives the array (numpy or JAX).
+      leaves: by slash name in the NESTED tree.
       layout: how to arrange them; KAULDRON puts the tree into the subfolder `default`, as the trainer does.
       pattern_length: for STACKED, after how many layers the kinds of attention repeat.
       step: for KAULDRON, the number of the step.
@@ -62,63 +82,90 @@ def write_orbax(
     entries: dict[Keys, dict[str, Any]] = {}
     store = _Store(target)
     for done, (keys, names) in enumerate(arrays.items()):
-        array = _stacked(keys, [leaves[name] for name in names]) if is_stacked(keys) else _host(leaves[names[0]]())
-        store.put(keys, array)
-        entries[keys] = dict(value_type="jax.Array", skip_deserialize=False, write_shape=list(array.shape))
+        leaf = _stacked(keys, [leaves[name] for name in names]) if is_stacked(keys) else leaves[names[0]]
+        store.put(keys, leaf)
+        entries[keys] = dict(value_type="jax.Array", skip_deserialize=False, write_shape=list(leaf.shape))
         if progress is not None:
             progress(done + 1, len(arrays))
     if layout is Layout.KAULDRON:
         entries |= {(key,): dict(value_type="Dict", skip_deserialize=True) for key in ("collections", "opt_state")}
-        store.put(("step",), np.asarray(step, np.int32))
+        store.put(("step",), Rows.of(np.asarray(step, np.int32)))
         entries["step",] = dict(value_type="jax.Array", skip_deserialize=False, write_shape=[])
     store.commit()
     _write_metadata(folder, target, entries)
 
 
-def _host(leaf: Any) -> np.ndarray:
-    """A leaf in memory, with its axes in order; a JAX array on the CPU without a copy."""
-    return np.ascontiguousarray(np.asarray(leaf)).reshape(np.shape(leaf))
-
-
-def _stacked(keys: Keys, reads: Iterable[Read]) -> np.ndarray:
-    rows = [_host(read()) for read in reads]
-    kinds = {(row.shape, row.dtype) for row in rows}
+def _stacked(keys: Keys, layers: Sequence[Rows]) -> Rows:
+    """One array of several layers, which are read one after the other."""
+    kinds = {(layer.shape, layer.dtype) for layer in layers}
     if len(kinds) > 1:
         found = ", ".join(sorted(f"{shape} {dtype}" for shape, dtype in kinds))
         raise CheckpointError(
             f"{'/'.join(keys)}: its layers differ ({found}) and cannot be stacked; use another layout"
         )
-    return np.stack(rows)
+    shape, dtype = kinds.pop()
+    return Rows((len(layers), *shape), dtype, lambda: (_whole(layer)[None] for layer in layers))
+
+
+def _whole(leaf: Rows) -> np.ndarray:
+    runs = list(leaf.runs())
+    return (runs[0] if len(runs) == 1 else np.concatenate(runs)).reshape(leaf.shape)
+
+
+def _chunked(leaf: Rows, rows: int) -> Iterator[np.ndarray]:
+    """The leaf in runs of exactly `rows` rows, except the last."""
+    left, block, filled = leaf.shape[0], None, 0
+    for run in leaf.runs():
+        while len(run):
+            if block is None and len(run) >= min(rows, left):  # a view: what is in memory already is not copied
+                part, run = np.ascontiguousarray(run[:rows]), run[rows:]
+                left -= len(part)
+                yield part
+                continue
+            if block is None:
+                block, filled = np.empty((min(rows, left), *leaf.shape[1:]), leaf.dtype), 0
+            taken = min(len(run), len(block) - filled)
+            block[filled : filled + taken] = run[:taken]
+            filled, run = filled + taken, run[taken:]
+            if filled == len(block):
+                left -= filled
+                yield block
+                block = None
 
 
 class _Store:
     """An OCDBT store that is being filled."""
 
     def __init__(self, folder: Path):
-        self._folder, self._bytes, self._writes = folder, 0, []
+        self._folder, self._bytes, self._total, self._writes = folder, 0, 0, []
         self._transaction = ts.Transaction()
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 4}})
 
-    def put(self, keys: Keys, array: np.ndarray) -> None:
-        path = ".".join(keys) + "/"
+    def put(self, keys: Keys, leaf: Rows) -> None:
+        path, chunks = ".".join(keys) + "/", _chunks(leaf.shape, leaf.dtype.itemsize)
         base = dict(driver="file", path=f"{self._folder}/")
         kvstore = dict(driver="ocdbt", base=base, path=path, config=_OCDBT)
-        metadata = dict(shape=list(array.shape), chunks=_chunks(array), compressor=dict(id="zstd", level=1))
-        spec = dict(driver="zarr", kvstore=kvstore, metadata=metadata, dtype=array.dtype.name)
+        metadata = dict(shape=list(leaf.shape), chunks=chunks, compressor=dict(id="zstd", level=1))
+        spec = dict(driver="zarr", kvstore=kvstore, metadata=metadata, dtype=leaf.dtype.name)
         spec["store_data_equal_to_fill_value"] = True
         try:
             opened = ts.open(spec, create=True, open=False, context=self._context, transaction=self._transaction)
-            store, rows = opened.result(), metadata["chunks"][0] if array.ndim else 1
-            for start in range(0, array.shape[0] if array.ndim else 1, rows):  # not all at once: it is kept until then
-                if self._bytes >= _BATCH:
+            store, start = opened.result(), 0
+            if not leaf.shape:
+                self._write(store, _whole(leaf))
+                return
+            for values in _chunked(leaf, chunks[0]):  # not all at once: it is kept in memory until it is committed
+                if self._bytes and self._bytes + values.nbytes > min(max(_BATCH, self._total >> 5), _LARGEST_BATCH):
                     self.commit()
                     store = store.with_transaction(self._transaction)
-                target = store[start : min(start + rows, array.shape[0])] if array.ndim else store
-                values = array[start : start + rows] if array.ndim else array
-                self._writes.append(target.write(values, can_reference_source_data_indefinitely=True))
-                self._bytes += values.nbytes
+                self._write(store[start : start + len(values)], values)
+                start += len(values)
         except (ValueError, OSError) as error:
             raise self._error(error) from error
+
+    def _write(self, target: ts.TensorStore, values: np.ndarray) -> None:
+        self._writes.append(target.write(values, can_reference_source_data_indefinitely=True))
+        self._bytes += values.nbytes
 
     def commit(self) -> None:
         """Puts on disk what was given so far."""
@@ -128,6 +175,7 @@ class _Store:
             self._transaction.commit_sync()
         except (ValueError, OSError) as error:
             raise self._error(error) from error
+        self._total += self._bytes
         self._writes, self._bytes, self._transaction = [], 0, ts.Transaction()
 
     def _error(self, error: Exception) -> SaveError:
@@ -135,10 +183,10 @@ class _Store:
         return SaveError(f"{self._folder}: could not be written ({reason}); free some space, or save to another place")
 
 
-def _chunks(array: np.ndarray) -> list[int]:
+def _chunks(shape: Sequence[int], itemsize: int) -> list[int]:
     """The shape of a chunk: whole rows of the leading axes, as many as fit."""
-    shape, room = list(array.shape), max(1, _CHUNK // array.itemsize)
-    for axis in range(array.ndim):
+    shape, room = list(shape), max(1, _CHUNK // itemsize)
+    for axis in range(len(shape)):
         inner = int(np.prod(shape[axis + 1 :], dtype=np.int64))
         if shape[axis] * inner <= room:
             break

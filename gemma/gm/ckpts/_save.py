@@ -17,16 +17,16 @@ import jax
 import numpy as np
 
 from gemma import weights
-from gemma._atomic import atomic_folder, check_destination
+from gemma._atomic import atomic_folder, check_destination, latest_valid, verify_manifest
 from gemma._orbax_folder import write_sidecar
 from gemma._tokenizer_write import write_hf_files
 from gemma.config import GemmaConfig, T5GemmaConfig
 from gemma.errors import CheckpointError
 from gemma.gm.ckpts import _detect
 from gemma.gm.ckpts._compat import Layout
-from gemma.gm.ckpts._leaves import Leaf, grouped
+from gemma.gm.ckpts._leaves import grouped
 from gemma.gm.ckpts._orbax import DTYPES, flatten
-from gemma.gm.ckpts._orbax_write import write_orbax
+from gemma.gm.ckpts._orbax_write import Rows, write_orbax
 from gemma.saving import SavedTensor, SaveReport
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def save_params(
     if config is not None:
         _detect.check(shapes, detected, target, text_only=False)
     length = _pattern_length(detected.config) if layout is Layout.STACKED else 1
-    reads = {name: functools.partial(np.asarray, leaf) for name, leaf in leaves.items()}
+    rows = {name: Rows.of(leaf) for name, leaf in leaves.items()}
     with atomic_folder(target, replace=replace) as folder:
-        write_orbax(folder, reads, layout=layout, pattern_length=length, step=step, progress=progress)
+        write_orbax(folder, rows, layout=layout, pattern_length=length, step=step, progress=progress)
         if detected.config is not None and detected.source != "shapes":
             write_sidecar(folder, detected.config)
 
@@ -113,9 +113,11 @@ def save_tensors(
     )
     length = _pattern_length(config) if layout is Layout.STACKED else 1
     kinds = {name: leaf.dtype if dtype is None else np.dtype(dtype) for name, leaf in leaves.items()}
-    reads = {name: functools.partial(_filled, leaf, kinds[name]) for name, leaf in leaves.items()}
+    rows = {
+        name: Rows(leaf.shape, kinds[name], functools.partial(leaf.runs, kinds[name])) for name, leaf in leaves.items()
+    }
     with atomic_folder(target, replace=replace) as folder:
-        write_orbax(folder, reads, layout=layout, pattern_length=length, progress=progress)
+        write_orbax(folder, rows, layout=layout, pattern_length=length, progress=progress)
         write_sidecar(folder, config)
         if tokenizer is not None:
             write_hf_files(tokenizer, folder, _vocabulary(config))
@@ -126,12 +128,6 @@ def save_tensors(
         for name, leaf in leaves.items()
     )
     return SaveReport("orbax", target, files, sum(file.stat().st_size for file in files), saved)
-
-
-def _filled(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
-    out = np.empty(leaf.shape, dtype)
-    leaf.fill(out)
-    return out
 
 
 def _vocabulary(config: _detect.AnyConfig) -> int:
@@ -163,3 +159,6 @@ def _pattern_length(config: _detect.AnyConfig | None) -> int:
     if not isinstance(config, GemmaConfig):
         raise CheckpointError("layout 'stacked' is that of a decoder: expected the parameters of one, or pass config=")
     return min(len(config.layer_pattern), config.num_hidden_layers)
+
+
+__all__ = ["latest_valid", "save_params", "save_tensors", "verify_manifest"]

@@ -51,7 +51,8 @@ class WindowedCache(dict):
 
     def tree_flatten_with_keys(self):
         names = tuple(sorted(self))
-        return tuple((jax.tree_util.DictKey(name), self[name]) for name in names), (names, self.cache_length, self.empty)
+        layers = tuple((jax.tree_util.DictKey(name), self[name]) for name in names)
+        return layers, (names, self.cache_length, self.empty)
 
     @classmethod
     def tree_unflatten(cls, static, layers):

@@ -64,7 +64,7 @@ def weight_einsum(eqn: str, x: Array, w: Array, *, accumulate: DType | None = No
         y = jnp.swapaxes(y, 0, 1)
     else:
         w2 = w.reshape(-1, size) if lead else w.reshape(size, -1)
-        y = jax.lax.dot_general(x, w2, (((1,), (1 if lead else 0,)), ((), ())), preferred_element_type=accumulate)
+        y = _product(x, w2, 1 if lead else 0, accumulate)
     y = y.reshape(*rows, *w.shape[:lead], *tail)
     return jnp.moveaxis(y, range(len(rows), len(rows) + ahead), range(ahead)) if ahead else y
 
@@ -72,6 +72,25 @@ def weight_einsum(eqn: str, x: Array, w: Array, *, accumulate: DType | None = No
 # Up to so many rows, a weight whose summed axis is in its middle is multiplied once per leading index; for more rows,
 # one transposed copy of the weight costs less than the copies of the activations.
 _FEW_ROWS = 64
+
+
+# On a CPU, for 2 to so many rows, XLA's product is 1.5 to 3 times as fast with the weight as its left operand, and with
+# a summed last axis if the weight is given in blocks that stay in the second-level cache.
+_SWAP_ROWS = 32
+_BLOCK = 2048
+
+
+def _product(x: Float[Array, "R D"], w: Array, axis: int, accumulate: DType | None) -> Float[Array, "R E"]:
+    """`x` times a weight with two axes, of which `axis` is summed over."""
+    few = 1 < x.shape[0] <= _SWAP_ROWS and jax.default_backend() == "cpu"
+    if few and axis == 0:
+        return jax.lax.dot_general(w, x, (((0,), (1,)), ((), ())), preferred_element_type=accumulate).T
+    if few and w.shape[0] % _BLOCK == 0:
+        blocks = w.reshape(-1, _BLOCK, w.shape[1])
+        columns = jnp.broadcast_to(x.T[None], (blocks.shape[0], *x.T.shape))
+        y = jax.lax.dot_general(blocks, columns, (((2,), (1,)), ((0,), (0,))), preferred_element_type=accumulate)
+        return jnp.moveaxis(y, 2, 0).reshape(x.shape[0], -1)
+    return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=accumulate)
 
 
 @functools.lru_cache(maxsize=256)

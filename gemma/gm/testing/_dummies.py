@@ -2,8 +2,9 @@
 """`DummyGemma`, one small layer that compiles in a moment, and `DummyTokenizer`, fourteen words. Names of the JAX API.
 
 They are real: the network is a `Transformer` and takes part in everything, the tokenizer has the interface of
-`gm.text.Gemma3Tokenizer`. Nothing they say means anything. The network's table has thirteen rows, as in the official
-package, so the tokenizer's last word cannot be read by it.
+`gm.text.Gemma3Tokenizer`. Nothing they say means anything. Sizes, words and ids are those of the official package: the
+network's table has thirteen rows, so it cannot read the tokenizer's last word. A model with images, turns and every
+other trait of a family is `_tiny.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,22 @@ from gemma.gm.nn._config import ModelInfo, TransformerConfig
 from gemma.gm.text._tokenizer import Gemma3SpecialTokens, SpecialTokens, Tokenizer
 from gemma.tokenizer import SpecialTokens as SpecialIds
 
-_WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "Hello", "world", "!", "How", "are", "you", "today", "?", "I", "am"]
+_WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "input",
+    "string",
+    "hello",
+    "world",
+    "Hello",
+    "there",
+    "!",
+    "My",
+    "name",
+    "is",
+    "Morgane",
+]
 _CONFIG = GemmaConfig(
     vocab_size=13,
     hidden_size=32,
@@ -44,10 +60,19 @@ class DummyGemma(Transformer, kw_only=True):
 
 @dataclasses.dataclass(frozen=True)
 class DummyTokenizer(Tokenizer):
-    """Words between spaces, ids 0..13; special tokens of Gemma 3. VERSION 0: it goes with every model."""
+    """Words between spaces, ids 0..13; special tokens of Gemma 3. VERSION 0: it goes with every model.
+
+    A bos is id 2 and an eos id 1, as in Gemma, whatever the words at these ids look like.
+    """
 
     VERSION: ClassVar[int] = 0
     special_tokens: ClassVar[type[SpecialTokens]] = Gemma3SpecialTokens
+    version: ClassVar[int] = 3  # of the special tokens
+
+    @property
+    def core(self) -> DummyTokenizer:
+        """Itself: there is no file behind it."""
+        return self
 
     @property
     def vocab_size(self) -> int:
@@ -70,9 +95,17 @@ class DummyTokenizer(Tokenizer):
         words = text.split() if isinstance(text, str) else list(text)
         unknown = [word for word in words if word not in _WORDS]
         if unknown:
-            raise TokenizerError(f"DummyTokenizer: unknown word {unknown[0]!r}; expected some of {' '.join(_WORDS)}")
-        head, tail = [_WORDS.index("<bos>")] if add_bos else [], [_WORDS.index("<eos>")] if add_eos else []
+            raise TokenizerError(
+                f"DummyTokenizer: unknown word {unknown[0]!r}; expected some of {' '.join(_WORDS)}. It has no turns "
+                f"either: for a chat take gm.testing.tiny_model()"
+            )
+        head = [int(Gemma3SpecialTokens.BOS)] if add_bos else []
+        tail = [int(Gemma3SpecialTokens.EOS)] if add_eos else []
         return [*head, *map(_WORDS.index, words), *tail]
+
+    def id_of(self, piece: str) -> int:
+        """The id of one word."""
+        return self.encode([piece])[0]
 
     def decode(self, ids: int | list[int] | np.ndarray) -> str:
         """The words of ids with spaces between them."""
@@ -85,7 +118,10 @@ class DummyTokenizer(Tokenizer):
         return _WordStream(self)
 
     def _words(self, ids: int | list[int] | np.ndarray) -> Iterator[str]:
-        for token in np.asarray(ids).reshape(-1).tolist():
+        ids = np.asarray(ids)
+        if ids.ndim > 1:
+            raise TokenizerError(f"Array must be 0 or 1 dimensional, got {ids.shape}.")
+        for token in ids.reshape(-1).tolist():
             if not 0 <= token < len(_WORDS):
                 raise TokenizerError(f"DummyTokenizer: expected ids in 0..{len(_WORDS) - 1}, got {token}")
             yield _WORDS[token]
@@ -104,7 +140,3 @@ class _WordStream:
 
     def flush(self) -> str:
         return ""
-
-
-def use_hermetic_tokenizer() -> None:
-    """Does nothing: no tokenizer of this package ever reaches for the network. A name that official tests import."""

@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "_sampler": ["Sampler", "SamplerOutput", "SamplingState"],
+        "_chat_sampler": ["ChatSampler"],
+        "_tool_sampler": ["ToolSampler"],
         "_sampling": [
             "SamplingMethod",
             "Greedy",
@@ -14,8 +16,10 @@ __getattr__, __dir__, __all__ = attach(
             "TopkSampling",
             "TopPSampling",
             "MinPSampling",
+            "RepetitionPenalty",
         ],
         "_tokenizer": ["Tokenizer", "Gemma2Tokenizer", "Gemma3Tokenizer", "SpecialTokens"],
+        "_template": ["Turn", "UserTurn", "ModelTurn"],
         "_load": ["LoadedModel", "load_model"],
         "_generate": ["Session", "generate_ids"],
     },

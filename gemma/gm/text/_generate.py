@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from gemma.errors import PromptError
-from gemma.gm.text import _loop, _sampling
+from gemma.gm.text import _cuts, _loop
 from gemma.gm.text._engine import PAD, Engine, cache_bucket
 from gemma.gm.text._load import LoadedModel
 from gemma.sampling import SamplingParams
@@ -75,16 +75,16 @@ class Session:
             choice,
             reserve=count,
             key=key,
-            u=_sampling.uniforms(params, 0, 1),
+            u=_cuts.uniforms(params, 0, 1),
             penalty=params.repetition_penalty != 1.0,
         )
-        yield int(first[0])
+        yield int(first.tokens[0, 0])
         made = 1
-        while made < count and not engine.done:
+        while made < count and not engine.done.all():
             wanted = min(chunk, count - made)
             u = np.zeros((1, chunk), np.float32)
-            u[0, :wanted] = _sampling.uniforms(params, made, wanted)
-            tokens = engine.step(how, choice, u[:, 0])[:, None] if chunk == 1 else engine.run(how, choice, wanted, u)
+            u[0, :wanted] = _cuts.uniforms(params, made, wanted)
+            tokens = (engine.step(how, choice, u[:, 0]) if chunk == 1 else engine.run(how, choice, wanted, u)).tokens
             made += tokens.shape[1]
             yield from (int(token) for token in tokens[0] if token != PAD)
 
@@ -116,12 +116,10 @@ def generate_ids(
     return session.append(ids, params, frozenset(end_ids), chunk=chunk)
 
 
-def picking(
-    params: SamplingParams, loaded: LoadedModel, end_ids: Collection[int]
-) -> tuple[_sampling.Cuts, _loop.Choice]:
+def picking(params: SamplingParams, loaded: LoadedModel, end_ids: Collection[int]) -> tuple[_cuts.Cuts, _loop.Choice]:
     """`SamplingParams` as the loop takes them."""
     rows = loaded.model.config.num_embed
-    cuts, knobs = _sampling.from_params(params, rows)
+    cuts, knobs = _cuts.from_params([params], rows)
     blocked = blocked_ids(rows, loaded.tokenizer.vocab_size if loaded.tokenizer is not None else rows)
     return cuts, _loop.Choice(knobs, blocked, end_array(end_ids))
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from gemma import config as configs
 from gemma import hub
-from gemma.checkpoint import open_checkpoint
 from gemma.errors import CheckpointError, UnsupportedError
 from gemma.gm import nn
 from gemma.gm.ckpts import _load as ckpts_load
+from gemma.gm.ckpts import open_checkpoint
 from gemma.gm.typing import DType, Params
 from gemma.tokenizer import Tokenizer
 
@@ -63,12 +64,15 @@ def load_model(path: str | os.PathLike[str], *, dtype: DType = "float32", text_o
         ckpts_load.check_dtype(dtype, config)
         source = checkpoint.tokenizer_source()
         tokenizer = None if source is None else Tokenizer.from_source(source)
-    config = configs.text_only(config) if text_only else config
-    if tokenizer is not None and tokenizer.vocab_size > config.table_rows:
-        raise CheckpointError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its embedding {config.table_rows} rows; the two do "
-            f"not belong together"
-        )
+        config = configs.text_only(config) if text_only else config
+        if tokenizer is not None and tokenizer.vocab_size > config.table_rows:
+            raise CheckpointError(
+                f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its embedding {config.table_rows} rows; the two "
+                f"do not belong together"
+            )
+        params: dict[str, Any] = {}
+        leaves = ckpts_load.leaves_of(checkpoint, text_only=text_only)  # what `load_params` reads, opened once
+        for name in list(leaves):
+            ckpts_load.insert(params, name, ckpts_load.read(leaves.pop(name), name, None, dtype, None))
     model = nn.Transformer.from_config(config, dtype=dtype)
-    params = ckpts_load.load_params(path, dtype=dtype, text_only=text_only)
     return LoadedModel(model, params, tokenizer, config, path)

@@ -1,72 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Sampler`: texts in, texts out, for one prompt or a batch, at once or streamed, with the official signatures.
 
-It turns texts into ids and ids into texts; what happens in between is `_engine.py`. Chat templates are not applied
-here. Special tokens spelled in a prompt become those tokens.
+What a prompt may be is `_prompts.py`, one call that runs is `_sampler_call.py`, what it gives back `_sampler_loop.py`.
+Chat templates are applied to turns only; conversations are `_chat_sampler.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from gemma.errors import ContextFull, PromptError, SamplingError, TokenizerError, UnsupportedError
-from gemma.gm.text import _loop, _sampling
+from gemma.errors import ContextFull, PromptError, SamplingError, TokenizerError
+from gemma.gm.text import _context, _cuts, _images, _loop, _prompts, _sampling
 from gemma.gm.text._engine import Engine
 from gemma.gm.text._generate import blocked_ids, end_array
-from gemma.gm.text._tokenizer import Tokenizer, visible
+from gemma.gm.text._sampler_call import Call, jax_key
+from gemma.gm.text._sampler_loop import SamplerOutput, SamplingState
+from gemma.gm.text._tokenizer import Tokenizer
 from gemma.gm.typing import Params
 from gemma.sampling import SamplingParams, fresh_seed
 
+__all__ = ["Sampler", "SamplerOutput", "SamplingState"]
+
 _GREEDY = _sampling.Greedy()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SamplingState:
-    """A batch after sampling. Pass it as `last_state` to go on; it can be used more than once.
-
-    Attributes:
-      predicted_tokens: int32 [B, L], what was generated in this call; 0 after a row's end token.
-      rng: the JAX key for going on.
-    """
-
-    predicted_tokens: np.ndarray
-    rng: jax.Array
-    _engine: Engine = dataclasses.field(repr=False)
-
-    @property
-    def transcripts(self) -> list[list[int]]:
-        """By row, all ids from the first turn on."""
-        return [list(row) for row in self._engine.ids]
-
-    @property
-    def last_token(self) -> np.ndarray:
-        """int32 [B], the last token of each row; it is not in the cache yet."""
-        return np.array([row[-1] for row in self._engine.ids], np.int32)
-
-    @property
-    def used_cache_length(self) -> np.ndarray:
-        """int32 [B], tokens that the cache holds."""
-        return np.array(self._engine.stored, np.int32)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SamplerOutput:
-    """Text and state: a `str` for a `str` prompt, else a list."""
-
-    text: str | list[str]
-    state: SamplingState
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """What was generated: int32 [L] for a `str` prompt, [B, L] for a batch."""
-        tokens = self.state.predicted_tokens
-        return tokens[0] if isinstance(self.text, str) else tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,13 +39,16 @@ class Sampler:
       model: a network of `gm.nn`.
       params: its parameters.
       tokenizer: of `gm.text` or `gemma.tokenizer`; None: the one of the model's generation.
-      sampling: how tokens are picked; `gemma.sampling.SamplingParams` are taken too.
+      sampling: how tokens are picked: a `SamplingMethod`, or `gemma.sampling.SamplingParams`.
       forbidden_tokens: ids or texts (of one token each) that are never picked; image markers never are.
       stop_tokens: ids or texts (of one token each) that end a text, besides `<eos>` and `<end_of_turn>`.
       cache_length: tokens that the cache holds at first; it grows up to the model's limit.
       max_out_length: the most that `max_new_tokens` may ask for.
       pad_length: prompts are padded to the smallest of these that is long enough, and each of them is compiled once;
         longer prompts are read in chunks of the largest.
+      context_policy: what happens when the transcript and `max_new_tokens` exceed the model's context. "error" raises
+        `ContextFull`. "slide" gives up the beginning (whole exchanges of a conversation, else tokens; the bos stays)
+        and reads the rest anew; `SamplingState.dropped` says how much.
     """
 
     model: Any
@@ -98,6 +60,7 @@ class Sampler:
     cache_length: int = 4096
     max_out_length: int = 2048
     pad_length: int | tuple[int, ...] | None = (64, 256, 512, 1024)
+    context_policy: str = "error"
 
     def __post_init__(self):
         version = self.model.INFO.tokenizer_version
@@ -122,10 +85,12 @@ class Sampler:
         if lengths[0] < 1:
             raise SamplingError(f"pad_length: expected lengths of at least 1, got {self.pad_length}")
         object.__setattr__(self, "pad_length", lengths)
+        _context.check_policy(self.context_policy)
+        _check_sampling(self.sampling)
 
     def sample(
         self,
-        prompt: str | Sequence[str],
+        prompt: Any,
         *,
         images: Any = None,
         max_new_tokens: int | None = None,
@@ -135,83 +100,144 @@ class Sampler:
         return_state: bool = False,
         last_state: SamplingState | None = None,
         sharding: Any = None,
-    ) -> str | list[str] | SamplerOutput | Iterator[str | list[str] | SamplerOutput]:
-        """Continues one text or several.
+        num_samples: int = 1,
+    ) -> Any:
+        """Continues one prompt or several.
 
         Args:
-          prompt: a text, or several, which need not be equally long. A `<bos>` is put in front, except after
-            `last_state`. The result of a text does not depend on what it is batched with.
-          images: refused; this release runs text models only.
+          prompt: a text, in which special tokens may be spelled; or token ids, taken as they are (a list of ints, or an
+            integer array [T]); or the turns of a conversation (`gemma.chat.Turn`, or `UserTurn` and `ModelTurn`), for
+            which the chat template is written. Or a list of these, which need not be equally long: the result of a
+            prompt does not depend on what it is batched with. A text gets a `<bos>`, except after `last_state`.
+          images: the pictures of the prompt, in the order of their `<start_of_image>` markers, as many as those: paths,
+            bytes, PIL images or arrays; for several prompts one entry each (see `_images.prepare`).
           max_new_tokens: None or 0: up to `max_out_length`, as far as the model's limit allows.
           stream: return an iterator of pieces of text, a piece per step; of lists of pieces for several prompts.
           sampling: replaces the sampler's own. With `SamplingParams` (whose seed is used, row b with seed + b) neither
             `rng` nor its `max_new_tokens` are looked at.
           rng: an int or a JAX key; None: unpredictable.
-          return_state: return a `SamplerOutput`; when streaming, one per step, each with a copy of the cache.
+          return_state: return a `SamplerOutput`, which also has the tokens and their log-probabilities; when streaming,
+            one per step.
           last_state: go on after the texts of that state; equal to one pass over the whole transcript.
-          sharding: refused; the arrays follow the sharding of `params`.
+          sharding: a `jax.sharding.NamedSharding` whose first axis says how rows (tokens and caches) are spread over
+            devices. Parameters on the same devices stay as they are placed, others are copied to all of them.
+          num_samples: continuations of each prompt, which is read once.
 
         Returns:
-          The new text only; an end token that has a text, such as `<end_of_turn>`, stays in it.
+          The new text only; an end token that has a text, such as `<end_of_turn>`, stays in it. A str for one prompt, a
+          list for several; with `num_samples` above 1, a list of samples in place of each str.
 
         Raises:
-          PromptError, ContextFull, SamplingError: (ValueErrors) before anything is generated.
+          PromptError, ContextFull, SamplingError, ShapeError: (ValueErrors) before anything is generated.
         """
-        if images is not None:
-            raise PromptError(
-                f"The model '{type(self.model).__name__}' does not have vision encoder, yet images are provided."
-            )
-        if sharding is not None:
-            raise UnsupportedError("sharding: arrays follow the sharding of `params`; shard those and leave this out")
-        texts, single = _texts(prompt)
-        if not texts:
+        prompts = _prompts.parse(prompt)
+        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
+            raise SamplingError(f"num_samples: expected a whole number, 1 or more, got {num_samples!r}")
+        if not prompts.items:
             if return_state:
                 raise PromptError("prompt is an empty list: there is no state to return")
             return iter(()) if stream else []
-        call = self._call(texts, single, max_new_tokens, sampling or self.sampling, rng, last_state)
-        pieces = call.stream(return_state)
-        return pieces if stream else call.result(return_state)
+        engine = self._engine(len(prompts.items), last_state, sharding)
+        call = self._call(prompts, engine, images, max_new_tokens, sampling, rng, int(num_samples))
+        return call.stream(return_state) if stream else call.result(return_state)
 
-    def _call(self, texts, single, max_new_tokens, sampling, rng, last_state) -> _Call:
+    def _engine(self, rows: int, last_state: SamplingState | None, sharding: Any, *, keep: bool = True) -> Engine:
+        if last_state is None:
+            return Engine(
+                self.model,
+                self.params,
+                rows,
+                cache_length=self.cache_length,
+                buckets=self.pad_length,
+                sharding=sharding,
+            )
+        held = len(last_state.transcripts)
+        if held != rows:
+            raise PromptError(f"last_state holds {held} conversations; expected as many prompts, got {rows}")
+        engine = last_state.engine(keep=keep)
+        return engine if sharding is None else engine.moved(sharding)
+
+    def _call(
+        self,
+        prompts: _prompts.Prompts,
+        engine: Engine,
+        images: Any,
+        max_new_tokens: int | None,
+        sampling: Any,
+        rng: Any,
+        num_samples: int,
+    ) -> Call:
+        """One call, checked: what is wrong is said here, and `engine` is as it was."""
         count = max_new_tokens or self.max_out_length
         if count > self.max_out_length or count < 1:
             raise SamplingError(
                 f"max_new_tokens should be smaller or equal to max_out_length. Got: {max_new_tokens} and "
                 f"{self.max_out_length}."
             )
-        if last_state is not None and len(last_state._engine.ids) != len(texts):
-            rows = len(last_state._engine.ids)
-            raise PromptError(f"last_state holds {rows} conversations; expected as many prompts, got {len(texts)}")
-        new = [self.tokenizer.encode(text, add_bos=last_state is None) for text in texts]
-        if last_state is None:
-            engine = Engine(
-                self.model, self.params, len(texts), cache_length=self.cache_length, buckets=self.pad_length
-            )
-        else:
-            engine = last_state._engine.fork()
-        if not max_new_tokens:
-            longest = max(len(held) + len(row) for held, row in zip(engine.ids, new))
+        pixels = _images.prepare(images, len(prompts.items), single=prompts.single, model=engine.model)
+        new = []
+        for b, (item, row) in enumerate(zip(prompts.items, pixels)):
+            ids = _prompts.encode(item, self.tokenizer, held=engine.ids[b], images=len(row))
+            new.append(engine.expand(b, ids, len(row)))
+        longest = max(len(held) + len(row) for held, row in zip(engine.ids, new))
+        if not max_new_tokens and self.context_policy == "error":
             if longest >= engine.limit:
                 raise ContextFull(longest + 1, engine.limit)
             count = min(count, engine.limit - longest)
-        how, choice, params = self._picking(sampling, engine.vocab_rows)
-        return _Call(self, engine, new, single, count, how, choice, params, _key(rng))
+        elif longest + count > engine.limit and self.context_policy == "error":
+            raise ContextFull(longest + count, engine.limit)
+        starts = [self._cuts(prompts, [*held, *row]) for held, row in zip(engine.ids, new)]
+        drop = [
+            _context.slide([*held, *row], new=count, limit=engine.limit, cuts=cuts)
+            for held, row, cuts in zip(engine.ids, new, starts)
+        ]
+        params = self._seeded(_check_sampling(self.sampling if sampling is None else sampling), len(new) * num_samples)
+        how, choice = self._picking(params, engine.vocab_rows)
+        nest = (len(new), num_samples, prompts.single)
+        return Call(
+            self.tokenizer,
+            engine,
+            new,
+            pixels,
+            drop,
+            count,
+            self.max_out_length,
+            how,
+            choice,
+            params,
+            jax_key(rng),
+            nest,
+        )
 
-    def _picking(self, sampling, rows: int) -> tuple[_loop.How, _loop.Choice, SamplingParams | None]:
+    def _cuts(self, prompts: _prompts.Prompts, row: list[int]) -> list[int] | None:
+        """Where the turns of a user begin in a conversation; None for a plain text, which may be cut anywhere."""
+        special = self.tokenizer.special
+        if self.context_policy == "error" or not prompts.conversation:
+            return None
+        core = getattr(self.tokenizer, "core", self.tokenizer)
+        user = [special.start_of_turn, *core.encode("user\n", parse_special=False)]
+        return [at for at in range(1, len(row)) if row[at : at + len(user)] == user]
+
+    def _seeded(self, sampling: Any, rows: int) -> Any:
+        """`SamplingParams` of every row, each with a seed of its own; a sampling method as it is."""
+        if not isinstance(sampling, SamplingParams):
+            return sampling
+        if sampling.stop:
+            raise SamplingError("stop: a Sampler ends at tokens, not at strings; use `stop_tokens`")
+        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        return [dataclasses.replace(sampling, seed=(seed + b) % 2**64) for b in range(rows)]
+
+    def _picking(self, sampling: Any, rows: int) -> tuple[_loop.How, _loop.Choice]:
         special = self.tokenizer.special
         forbidden = [self._one_id(token) for token in self.forbidden_tokens or ()]
         forbidden += [i for i in (special.start_of_image, special.end_of_image) if i is not None]
         ends = [i for i in (special.eos, special.end_of_turn) if i is not None]
         ends += [self._one_id(token) for token in self.stop_tokens or ()]
         blocked = blocked_ids(rows, self.tokenizer.vocab_size, (i for i in forbidden if i < rows))
-        if not isinstance(sampling, SamplingParams):
-            return sampling, _loop.Choice(None, blocked, end_array(set(ends))), None
-        if sampling.stop:
-            raise SamplingError("stop: a Sampler ends at tokens, not at strings; use `stop_tokens`")
-        if sampling.seed is None:
-            sampling = dataclasses.replace(sampling, seed=fresh_seed())
-        cuts, knobs = _sampling.from_params(sampling, rows)
-        return cuts, _loop.Choice(knobs, blocked, end_array(set(ends))), sampling
+        if not isinstance(sampling, list):
+            return sampling, _loop.Choice(None, blocked, end_array(set(ends)))
+        cuts, knobs = _cuts.from_params(sampling, rows)
+        return cuts, _loop.Choice(knobs, blocked, end_array(set(ends)))
 
     def _one_id(self, token: str | int) -> int:
         if not isinstance(token, str):
@@ -222,87 +248,7 @@ class Sampler:
         return ids[0]
 
 
-class _Call:
-    """One call of `sample`, checked and ready to run."""
-
-    def __init__(self, sampler, engine, new, single, count, how, choice, params, key):
-        self._tokenizer, self._engine, self._single = sampler.tokenizer, engine, single
-        self._count, self._width, self._how, self._choice = count, sampler.max_out_length, how, choice
-        self._params, self._new, self._key = params, new, key
-        total = max(len(held) + len(row) for held, row in zip(engine.ids, new)) + count
-        if total > engine.limit:
-            raise ContextFull(total, engine.limit)
-
-    def result(self, return_state: bool):
-        first = self._start()
-        if self._count > 1 and not self._engine.done:
-            rest = self._engine.run(self._how, self._choice, self._count - 1, self._uniforms(1, self._width))
-            first = np.concatenate([first, rest], axis=1)
-        texts = [self._tokenizer.decode(visible(self._tokenizer, _real(row))) for row in first]
-        return self._output(texts, first, return_state, self._engine)
-
-    def stream(self, return_state: bool) -> Iterator[Any]:
-        decoders = [self._tokenizer.stream() for _ in self._new]
-        tokens = self._start()
-        while True:
-            last = tokens.shape[1] == self._count or self._engine.done
-            texts = []
-            for decoder, token in zip(decoders, tokens[:, -1]):
-                shown = visible(self._tokenizer, _real([token]))
-                text = decoder.push(shown[0]) if shown else ""
-                texts.append(text + (decoder.flush() if last else ""))
-            yield self._output(texts, tokens, return_state, self._engine.fork() if return_state else None)
-            if last:
-                return
-            step = self._engine.step(self._how, self._choice, self._uniforms(tokens.shape[1], 1)[:, 0])
-            tokens = np.concatenate([tokens, step[:, None]], axis=1)
-
-    def _start(self) -> np.ndarray:
-        penalty = self._params is not None and self._params.repetition_penalty != 1.0
-        first = self._engine.start(
-            self._new,
-            self._how,
-            self._choice,
-            reserve=self._count,
-            key=self._key,
-            u=self._uniforms(0, 1)[:, 0],
-            penalty=penalty,
-        )
-        return first[:, None]
-
-    def _uniforms(self, start: int, width: int) -> np.ndarray:
-        """float32 [B, width]: the random numbers of tokens start..; the official methods draw from a key instead."""
-        u = np.zeros((len(self._new), width), np.float32)
-        if self._params is not None and not self._params.greedy:
-            wanted = min(width, self._count - start)
-            for b, row in enumerate(u):
-                own = dataclasses.replace(self._params, seed=(self._params.seed + b) % 2**64)
-                row[:wanted] = _sampling.uniforms(own, start, wanted)
-        return u
-
-    def _output(self, texts: list[str], tokens: np.ndarray, return_state: bool, engine: Engine | None):
-        text = texts[0] if self._single else texts
-        return SamplerOutput(text, SamplingState(tokens, engine.key, engine)) if return_state else text
-
-
-def _texts(prompt: Any) -> tuple[list[str], bool]:
-    """The prompts, and whether there is just one."""
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()  # of no dimension: a str
-    if isinstance(prompt, str):
-        return [prompt], True
-    texts = list(prompt) if isinstance(prompt, (list, tuple)) else None
-    if texts is None or not all(isinstance(text, str) for text in texts):
-        raise PromptError(f"prompt: expected a text or a list of texts, got {type(prompt).__name__}: {prompt!r:.80}")
-    return texts, False
-
-
-def _real(tokens: Sequence[int]) -> list[int]:
-    """Tokens without the padding after a row's end."""
-    return [int(token) for token in tokens if token]
-
-
-def _key(rng: Any) -> jax.Array:
-    if rng is None:
-        rng = random.randint(0, 10**9)
-    return jax.random.key(rng) if isinstance(rng, (int, np.integer)) else rng
+def _check_sampling(sampling: Any) -> Any:
+    if not isinstance(sampling, SamplingParams):
+        _sampling.check_method(sampling)
+    return sampling

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import flax
 import numpy as np
 
-from gemma import hub, tokenizer
+from gemma import hub, sampling, tokenizer
 from gemma.config import GemmaConfig
-from gemma.errors import HubError, TokenizerError
+from gemma.errors import DependencyError, HubError, ShapeError, TokenizerError
 
 _CUSTOM_TOKENS = 99  # <unused0> .. <unused98>
 
@@ -162,6 +162,42 @@ class Tokenizer:
     def split(self, text: str) -> list[str]:
         """The pieces of a text, with real spaces."""
         return self.core.split(text)
+
+    def plot_logits(self, logits: Any, *, keep_top: int = 30) -> Any:
+        """A bar chart of the likeliest next tokens and their probabilities.
+
+        Args:
+          logits: [V] or [1, V].
+          keep_top: how many tokens to show.
+
+        Returns:
+          A matplotlib figure; a notebook shows it.
+
+        Raises:
+          ShapeError: (a ValueError) logits of several positions.
+          DependencyError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise DependencyError("matplotlib", "train", "plot_logits") from error
+        values = np.asarray(logits, np.float32)
+        values = values[0] if values.ndim == 2 and values.shape[0] == 1 else values
+        if values.ndim != 1:
+            raise ShapeError(f"logits: expected [V] or [1, V], the logits of one position, got {values.shape}")
+        if isinstance(keep_top, bool) or not isinstance(keep_top, int) or keep_top < 1:
+            raise ShapeError(f"keep_top: expected a whole number of tokens, 1 or more, got {keep_top!r}")
+        shown = sampling.top_logprobs(values, keep_top)
+        figure = Figure(figsize=(max(4.0, 0.3 * len(shown)), 3.0), layout="constrained")
+        axes = figure.add_subplot(title="Probability of the next token", ylabel="probability")
+        axes.bar(range(len(shown)), [np.exp(value) for _, value in shown])
+        axes.set_xticks(range(len(shown)), [self._label(i) for i, _ in shown], rotation=90)
+        return figure
+
+    def _label(self, token: int) -> str:
+        """A token's text, or its piece where it has none of its own; for matplotlib, to which a dollar sign means math."""
+        shown = self.decode(token)
+        return repr(self.tokens[token] if not shown or "\ufffd" in shown else shown).replace("$", r"\$")
 
     def stream(self) -> tokenizer.StreamDecoder:
         """A decoder for ids that come one at a time."""

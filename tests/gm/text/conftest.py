@@ -45,3 +45,11 @@ def make(tmp_path_factory):
 def loaded(make) -> LoadedModel:
     """A local and a global layer of a Gemma 3: every trait, quickly compiled."""
     return make("gemma3", num_hidden_layers=2, layer_pattern="LG")
+
+
+@pytest.fixture(scope="session")
+def scripted(loaded):
+    """A sampling method that says what it is told."""
+    from jax_text_helpers import Scripted
+
+    return Scripted(loaded.tokenizer)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax_text_helpers import naive
 
-from gemma.errors import ContextFull, PromptError, SamplingError, TokenizerError, UnsupportedError
+from gemma.errors import ContextFull, PromptError, SamplingError, ShapeError, TokenizerError
 from gemma.gm import nn, text
 from gemma.sampling import SamplingParams
 
@@ -132,11 +132,18 @@ def test_max_new_tokens(sampler, loaded):
 def test_what_is_refused(sampler, loaded):
     with pytest.raises(PromptError, match="does not have vision encoder"):
         sampler.sample("x", images=np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(UnsupportedError, match="sharding of `params`"):
+    with pytest.raises(ShapeError, match="expected a jax.sharding.NamedSharding"):
         sampler.sample("x", sharding=object())
-    for wrong in (3, [1, 2], None, ["x", None]):
-        with pytest.raises(PromptError, match="expected a text or a list of texts"):
+    for wrong in (3, None, ["x", None], [1.5], [[1], [None]], [True]):
+        with pytest.raises(PromptError, match="expected a text, token ids, the turns"):
             sampler.sample(wrong)
+    for wrong in (0, -1, True, 1.5):
+        with pytest.raises(SamplingError, match="num_samples"):
+            sampler.sample("x", num_samples=wrong)
+    with pytest.raises(SamplingError, match=r"expected a gm.text.SamplingMethod.*got 'greedy'"):
+        sampler.sample("x", sampling="greedy")
+    with pytest.raises(SamplingError, match="expected an int or a JAX key, got str"):
+        sampler.sample("x", rng="a")
     with pytest.raises(PromptError, match="empty list"):
         sampler.sample([], return_state=True)
     state = sampler.sample("x", max_new_tokens=1, return_state=True).state

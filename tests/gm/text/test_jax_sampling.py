@@ -11,7 +11,7 @@ import pytest
 from gemma import sampling as reference
 from gemma.errors import SamplingError
 from gemma.gm import text
-from gemma.gm.text import _sampling
+from gemma.gm.text import _cuts
 from gemma.sampling import SamplingParams
 
 HISTORY = [1, 2, 3, 2, 5]
@@ -37,6 +37,12 @@ PARAMS = {
 KINDS = ("smooth", "ties", "few")
 
 
+def single(params: SamplingParams, vocab_size: int):
+    """`from_params` of one row, without its axis."""
+    cuts, knobs = _cuts.from_params([params], vocab_size)
+    return cuts, _cuts.Knobs(*(value[0] for value in knobs))
+
+
 def logits_of(kind: str) -> np.ndarray:
     values = (np.random.default_rng(KINDS.index(kind)).standard_normal(V) * 3).astype(np.float32)
     if kind == "ties":
@@ -50,44 +56,44 @@ def logits_of(kind: str) -> np.ndarray:
 @pytest.mark.parametrize("name", PARAMS)
 def test_equals_the_numpy_sampler(name, kind):
     params, logits = PARAMS[name], logits_of(kind)
-    cuts, knobs = _sampling.from_params(params, V)
+    cuts, knobs = single(params, V)
     seen = np.zeros(V, bool)
     seen[HISTORY] = True
-    got = np.asarray(jax.jit(lambda x: _sampling.process(x, cuts, knobs, seen))(logits))
+    got = np.asarray(jax.jit(lambda x: _cuts.process(x, cuts, knobs, seen))(logits))
     expected = reference.process_logits(logits, params, HISTORY)
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
     kept = np.isfinite(expected)
     # two float32 roundings (penalty, temperature) of numbers up to 35: a few units in the last place
     np.testing.assert_allclose(got[kept], expected[kept], rtol=1e-6)
-    draw = jax.jit(lambda x, u: _sampling.draw(x, cuts, u))
-    for index, u in enumerate(_sampling.uniforms(params, 0, 50)):
+    draw = jax.jit(lambda x, u: _cuts.draw(x, cuts, u))
+    for index, u in enumerate(_cuts.uniforms(params, 0, 50)):
         rng = reference.step_seed(params.seed or 0, index)
         assert int(draw(got, u)) == reference.sample(logits, params, HISTORY, rng)
 
 
 def test_draws_follow_the_distribution():
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
-    cuts, knobs = _sampling.from_params(SamplingParams(), 4)
+    cuts, knobs = single(SamplingParams(), 4)
     del knobs
     u = (np.arange(4000, dtype=np.float32) + 0.5) / 4000
-    picked = jax.vmap(lambda u: _sampling.draw(jnp.asarray(logits), cuts, u))(u)
+    picked = jax.vmap(lambda u: _cuts.draw(jnp.asarray(logits), cuts, u))(u)
     np.testing.assert_array_equal(np.bincount(picked, minlength=4), [2000, 1000, 500, 500])
 
 
 def test_draw_at_the_ends():
     scores = np.full(1200, -np.inf, np.float32)
     scores[[7, 700]] = 0.0
-    cuts, _ = _sampling.from_params(SamplingParams(), 1200)
+    cuts, _ = single(SamplingParams(), 1200)
     for u, token in ((0.0, 7), (0.49, 7), (0.5, 700), (1 - 2.0**-24, 700), (1.0, 700)):
-        assert int(_sampling.draw(jnp.asarray(scores), cuts, np.float32(u))) == token
+        assert int(_cuts.draw(jnp.asarray(scores), cuts, np.float32(u))) == token
 
 
 def test_uniforms_depend_on_seed_and_index_only():
     params = SamplingParams(seed=11)
-    whole = _sampling.uniforms(params, 0, 10)
-    np.testing.assert_array_equal(whole[4:7], _sampling.uniforms(params, 4, 3))
+    whole = _cuts.uniforms(params, 0, 10)
+    np.testing.assert_array_equal(whole[4:7], _cuts.uniforms(params, 4, 3))
     assert (whole < 1).all() and len(set(whole)) == 10
-    assert (whole != _sampling.uniforms(SamplingParams(seed=12), 0, 10)).all()
+    assert (whole != _cuts.uniforms(SamplingParams(seed=12), 0, 10)).all()
 
 
 def test_changing_a_value_compiles_nothing():
@@ -96,17 +102,17 @@ def test_changing_a_value_compiles_nothing():
     @jax.jit
     def run(logits, knobs):
         traced.append(1)
-        return _sampling.process(logits, cuts, knobs, None)
+        return _cuts.process(logits, cuts, knobs, None)
 
     for p, t in ((0.9, 1.0), (0.5, 0.7), (0.1, 2.0)):
-        cuts, knobs = _sampling.from_params(SamplingParams(top_p=p, temperature=t), V)
+        cuts, knobs = single(SamplingParams(top_p=p, temperature=t), V)
         run(logits_of("smooth"), knobs)
     assert len(traced) == 1
 
 
 def test_a_bias_outside_of_the_vocabulary():
     with pytest.raises(SamplingError, match=r"0\.\.999, got 1000"):
-        _sampling.from_params(SamplingParams(logit_bias={1000: 1.0}), V)
+        single(SamplingParams(logit_bias={1000: 1.0}), V)
 
 
 METHODS = [

@@ -13,7 +13,7 @@ from jax_text_helpers import PROMPT, logits_after, naive
 
 from gemma.errors import ContextFull, PromptError, SamplingError
 from gemma.gm import text
-from gemma.gm.text import _engine, _generate, _sampling
+from gemma.gm.text import _cuts, _engine, _generate
 from gemma.sampling import SamplingParams, sample, step_seed
 
 
@@ -49,14 +49,15 @@ def test_chunks_of_the_prompt_do_not_matter(loaded, buckets):
     cuts, choice = _generate.picking(greedy(1), loaded, ())
     engine = _engine.Engine(loaded.model, loaded.params, 1, cache_length=64, buckets=buckets)
     key, u = jax.random.key(0), np.zeros(1, np.float32)
-    made = [int(engine.start([PROMPT], cuts, choice, reserve=8, key=key, u=u)[0])]
-    made += engine.run(cuts, choice, 7, np.zeros((1, 7), np.float32))[0].tolist()
+    made = engine.start([PROMPT], cuts, choice, reserve=8, key=key, u=u).tokens[0].tolist()
+    made += engine.run(cuts, choice, 7, np.zeros((1, 7), np.float32)).tokens[0].tolist()
     assert made == naive(loaded, PROMPT, 8)
 
 
 def test_rows_do_not_see_each_other(loaded):
     prompts = [PROMPT, PROMPT[:1], PROMPT[:6], [2, *range(60, 100)]]
     cuts, choice = _generate.picking(greedy(1), loaded, ())
+    choice = choice._replace(knobs=_cuts.from_params([greedy(1)] * 4, 320)[1])
     engine = _engine.Engine(loaded.model, loaded.params, 4, cache_length=64, buckets=(16,))
     engine.start(prompts, cuts, choice, reserve=12, key=jax.random.key(0), u=np.zeros(4, np.float32))
     engine.run(cuts, choice, 11, np.zeros((4, 12), np.float32))
@@ -78,9 +79,9 @@ def test_turns_equal_one_pass(loaded):
 
 def test_tokens_reads_only_what_is_new(loaded, monkeypatch):
     read = []
-    original = _engine.Engine._chunks
+    original = _engine.plan_chunks
     monkeypatch.setattr(
-        _engine.Engine, "_chunks", lambda self, rows: read.extend(map(len, rows)) or original(self, rows)
+        _engine, "plan_chunks", lambda row, *, limit: read.append(len(row)) or original(row, limit=limit)
     )
     session = text.Session(loaded, context=60)
     made = list(session.tokens(PROMPT, greedy(4)))
@@ -229,4 +230,4 @@ def test_a_fork_leaves_the_original_alone(loaded):
 
 
 def test_uniforms_need_a_seed_only_when_drawing():
-    assert not _sampling.uniforms(SamplingParams(temperature=0), 0, 3).any()
+    assert not _cuts.uniforms(SamplingParams(temperature=0), 0, 3).any()

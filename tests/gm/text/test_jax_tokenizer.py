@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma import hub, testing
-from gemma.errors import CheckpointNotFound, HubError, TokenizerError
+from gemma.errors import CheckpointNotFound, DependencyError, HubError, ShapeError, TokenizerError
 from gemma.gm import text
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -111,3 +112,22 @@ def test_the_published_ids():
         if token.name != "CUSTOM":
             assert tokenizer.core.piece(token) == f"<{token.name.lower()}>"
     assert tokenizer.decode(tokenizer.special_tokens.CUSTOM + 17) == "<unused17>"
+
+
+def test_plot_logits(tokenizer, monkeypatch):
+    logits = np.full(tokenizer.vocab_size, -20.0, np.float32)
+    likely, next_likely = tokenizer.encode("a")[0], tokenizer.encode("$")[0]
+    logits[likely], logits[next_likely] = 3.0, 2.0
+    pytest.importorskip("matplotlib")  # of the extra [train]
+    for values in (logits, jnp.asarray(logits)[None], jnp.asarray(logits, jnp.bfloat16)):
+        [axes] = tokenizer.plot_logits(values, keep_top=5).axes
+        heights = [bar.get_height() for bar in axes.patches]
+        assert len(heights) == 5 and heights[0] == pytest.approx(1 / (1 + np.exp(-1)), abs=1e-2)
+        assert [label.get_text() for label in axes.get_xticklabels()][:2] == ["'a'", r"'\$'"]
+    with pytest.raises(ShapeError, match=r"one position, got \(2, 3\)"):
+        tokenizer.plot_logits(np.zeros((2, 3)))
+    with pytest.raises(ShapeError, match="keep_top"):
+        tokenizer.plot_logits(logits, keep_top=0)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DependencyError, match=r"gemmakit\[train\]"):
+        tokenizer.plot_logits(logits)
