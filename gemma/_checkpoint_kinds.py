@@ -17,10 +17,11 @@ import numpy as np
 
 from gemma import weights
 from gemma.checkpoint import Checkpoint, TensorInfo, TokenizerSource
-from gemma.errors import CheckpointError, FormatError, GemmaError
+from gemma.errors import FormatError, GemmaError
 from gemma.formats import ckpt, npz, sbs
 from gemma.formats._sbs_fields import read_model_config
 from gemma.formats._source import Source
+from gemma.formats._zip import Verified, read_members
 from gemma.quants import PackedTensor, QuantType
 
 _MAX_TOKENIZER = 1 << 25
@@ -59,15 +60,23 @@ class _FileCheckpoint(Checkpoint):
 class TorchCheckpoint(_FileCheckpoint):
     """A PyTorch archive. Names of gemma_pytorch or of Hugging Face; int8 weights with their scalers read as floats."""
 
-    def __init__(self, path: Path, sources: Sequence[Source]):
+    def __init__(self, path: Path, sources: Sequence[Source], index: Mapping[str, str] | None = None):
+        """Opens the files; `index` says which of them has which tensor, and must be true."""
         self._scalers: dict[str, tuple[Path, ckpt.StoredTensor]] = {}
         tensors: dict[str, TensorInfo] = {}
+        found: dict[str, str] = {}
         for source in sources:
-            self._add_file(source, tensors)
+            found |= dict.fromkeys(self._add_file(source, tensors), source.path.name)
+        if index is not None and found != index:
+            wrong = sorted(name for name in {*found, *index} if found.get(name) != index.get(name))
+            shown = "; ".join(f"{n}: {index.get(n, 'nowhere')}, {found.get(n, 'nowhere')}" for n in wrong[:5])
+            raise FormatError(path, None, f"{len(wrong)} tensors are not where the index says (stated, found): {shown}")
         self.format = "hf" if any(_HF_NAME.fullmatch(name) for name in tensors) else "ckpt"
-        super().__init__(path, {source.path: source for source in sources}, tensors, {})
+        checked = {source.path: Verified(source, read_members(source).values()) for source in sources}
+        super().__init__(path, checked, tensors, {})
 
-    def _add_file(self, source: Source, tensors: dict[str, TensorInfo]) -> None:
+    def _add_file(self, source: Source, tensors: dict[str, TensorInfo]) -> list[str]:
+        """Adds the tensors of a file; returns all names in it, those of scalers included."""
         stored, path = ckpt.read_ckpt(source), source.path
         for t in stored.values():
             if t.name in tensors:
@@ -80,6 +89,7 @@ class TorchCheckpoint(_FileCheckpoint):
                 self._scalers[t.name] = (path, scaler)
             dtype = "INT8" if scaler is not None else t.dtype
             tensors[t.name] = TensorInfo(t.name, t.shape, dtype, t.nbytes, path, t.offset)
+        return list(stored)
 
     @staticmethod
     def _check_scaler(path: Path, weight: ckpt.StoredTensor, scaler: ckpt.StoredTensor) -> None:
@@ -129,7 +139,8 @@ class NpzCheckpoint(_FileCheckpoint):
             for a in arrays.values()
         }
         sources: dict[Path, Any] = {Path(a.source.path): a.source for a in arrays.values()}
-        super().__init__(source.path, {**sources, source.path: source}, tensors, {})
+        sources.setdefault(source.path, source)  # to be closed, even where all arrays are compressed
+        super().__init__(source.path, sources, tensors, {})
 
 
 class SbsCheckpoint(_FileCheckpoint):
@@ -166,14 +177,12 @@ class SbsCheckpoint(_FileCheckpoint):
         return PackedTensor(QuantType.SFP8, info.shape, self.raw(name).reshape(-1, info.shape[-1]), scale)
 
     def _convert(self, info: TensorInfo, out: np.ndarray) -> None:
-        scale = self._sbs.tensors[info.name].scale
-        if info.dtype == "SFP8":
-            codes = self._sources[info.file].read(info.offset, info.nbytes).reshape(-1, info.shape[-1])
-            PackedTensor(QuantType.SFP8, info.shape, codes, np.array([scale], np.float32)).dequantize(out=out)
-        elif scale == 1.0:
+        if info.dtype != "SFP8":
             super()._convert(info, out)
-        else:
-            raise CheckpointError(f"{info.file}: {info.name} is {info.dtype} with a scale of {scale}; expected 1")
+            return
+        scale = np.array([self._sbs.tensors[info.name].scale], np.float32)
+        codes = self._sources[info.file].read(info.offset, info.nbytes).reshape(-1, info.shape[-1])
+        PackedTensor(QuantType.SFP8, info.shape, codes, scale).dequantize(out=out)
 
     def tokenizer_source(self) -> TokenizerSource | None:
         blob = self._sbs.blobs.get("tokenizer")

@@ -24,6 +24,7 @@ from gemma.quants import PackedTensor, QuantType, float_dtype, quantization_erro
 from gemma.saving import Job, SavedTensor, SaveReport, files_report
 from gemma.weights import Tensor
 
+_PIECE = 1 << 24  # bytes of a packed tensor that are handed on together
 _FLOAT_MIXES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -118,7 +119,7 @@ def _encoded(
     saved = SavedTensor(spec.name, spec.type.name, spec.shape, spec.nbytes)
     packed = _as_stored(tensor, reader, spec)
     if packed is not None:
-        yield packed.data
+        yield from _pieces(packed.data, reader)
         return saved
     if spec.type.is_float:
         # 1 + w is computed in float32, and no other dtype has an offset
@@ -136,6 +137,15 @@ def _encoded(
         worst, squares = max(worst, largest), squares + mean * mean * values.size
         yield packed.data
     return dataclasses.replace(saved, max_error=worst, rmse=math.sqrt(squares / math.prod(spec.shape)))
+
+
+def _pieces(data: np.ndarray, reader) -> Iterator[np.ndarray]:
+    """Rows of a mapped file, some at a time: what was written leaves memory before the next is looked at."""
+    step = max(1, _PIECE // data.shape[1])
+    for start in range(0, len(data), step):
+        yield data[start : start + step]
+        if hasattr(reader, "release"):
+            reader.release()
 
 
 def _as_stored(tensor: Tensor, reader, spec: TensorSpec) -> PackedTensor | None:

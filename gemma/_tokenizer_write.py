@@ -313,7 +313,7 @@ def _bos_first(vocabulary: Vocabulary) -> dict[str, Any]:
     )
 
 
-def _merges(pieces: list[str], vocabulary: Vocabulary) -> list[list[str]]:
+def _merges(pieces: list[str], vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Every split of an ordinary piece into two pieces, those of the best score first."""
     normal = np.flatnonzero(vocabulary.types == NORMAL)
     order = normal[np.argsort(-vocabulary.scores[normal], kind="stable")].tolist()
@@ -321,7 +321,12 @@ def _merges(pieces: list[str], vocabulary: Vocabulary) -> list[list[str]]:
     merges = []
     for token in order:
         piece = pieces[token]
-        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
-        known = [(parts[left], parts[right], left, right) for left, right in splits if left in parts and right in parts]
-        merges += [[left, right] for _, _, left, right in sorted(known)]
+        known = []
+        for at in range(1, len(piece)):
+            left = piece[:at]
+            if left in parts:
+                right = piece[at:]
+                if right in parts:
+                    known.append((parts[left], parts[right], left, right))
+        merges += [(left, right) for _, _, left, right in sorted(known)]
     return merges

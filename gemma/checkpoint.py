@@ -334,6 +334,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> Check
             return _without_config(source, head[:4])
         if head[:1] == b"{" and source.path.suffix == ".json":
             source.close()
+            if path.name == _TORCH_INDEX:
+                return _torch_shards(path, path, mmap)
             return _opened(path, st.open_shards(path, mmap=mmap))
         if head[8:] != b"{" and source.path.suffix != ".safetensors":
             raise FormatError(source.path, 0, f"expected a {KINDS} file, got the bytes {head!r}")
@@ -354,15 +356,15 @@ def _without_config(source: Source, magic: bytes) -> Checkpoint:
 
 
 def _torch_shards(path: Path, index: Path, mmap: bool) -> Checkpoint:
-    """The files that the index of a sharded PyTorch checkpoint names; a tensor in two of them is refused."""
+    """The files that the index of a sharded PyTorch checkpoint names; every tensor is where it says, and only there."""
     from gemma._checkpoint_kinds import TorchCheckpoint
 
     with contextlib.ExitStack() as opened:
-        sources = []
-        for file in dict.fromkeys(st.read_index(index).values()):
+        sources, names = [], st.read_index(index)
+        for file in dict.fromkeys(names.values()):
             sources.append(Source(index.parent / file, mmap=mmap))
             opened.callback(sources[-1].close)
-        checkpoint = TorchCheckpoint(path, sources)
+        checkpoint = TorchCheckpoint(path, sources, names)
         opened.pop_all()
     return checkpoint
 

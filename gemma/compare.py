@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,12 +65,18 @@ class Comparison:
         """Whether both hold the same tensors with the same numbers."""
         return not (self.only_a or self.only_b or self.shapes) and all(t.equal for t in self.tensors)
 
+    @property
+    def same_model(self) -> bool:
+        """Whether the networks are the same as well; which ids are special is not asked."""
+        return self.same_values and not network_changes(self.config)
+
 
 def compare(
     a: Checkpoint,
     b: Checkpoint,
     *,
     config: Any = None,
+    config_b: Any = None,
     expected: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     text_only: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -81,6 +87,7 @@ def compare(
       a: the one to measure against.
       b: the other.
       config: of both, where a file does not carry its own.
+      config_b: of `b`, where it is not `config`: a table with fewer rows is compared as far as it goes.
       expected: for some tensors, what float32 values of `a` should have become in `b`, bit for bit.
       text_only: leave vision towers out.
       progress: called with (values done, values in all).
@@ -88,7 +95,8 @@ def compare(
     Raises:
       GemmaError: a checkpoint that does not fit its own configuration.
     """
-    first, second = _readers(a, config, text_only), _readers(b, config, text_only)
+    first = _readers(a, config, text_only)
+    second = _readers(b, config if config_b is None else config_b, text_only)
     common = [name for name in first if name in second]
     shapes, tensors = [], []
     total, done = sum(math.prod(first[name][0].shape) for name in common), 0
@@ -168,6 +176,15 @@ class _Rows:
         return rows
 
 
+def _has_tower(*configs: Any) -> bool:
+    return any(getattr(config, "vision", None) is not None for config in configs)
+
+
+def network_changes(lines: Iterable[str]) -> list[str]:
+    """Those lines of `config_changes` that are about what the network computes, not about special ids."""
+    return [line for line in lines if not line.split(":")[0].endswith(("_token_id", "_index"))]
+
+
 def config_changes(a: Any, b: Any) -> tuple[str, ...]:
     """Lines "field: a, b" for what two configurations say differently about the network."""
     if type(a) is not type(b):
@@ -175,7 +192,7 @@ def config_changes(a: Any, b: Any) -> tuple[str, ...]:
     lines: list[str] = []
     for field in dataclasses.fields(a):
         one, two = getattr(a, field.name), getattr(b, field.name)
-        if one == two or field.name in _BOOKKEEPING:
+        if one == two or field.name in _BOOKKEEPING or (field.name.startswith("mm_") and not _has_tower(a, b)):
             continue
         if dataclasses.is_dataclass(one) and type(one) is type(two):
             lines += [f"{field.name}.{line}" for line in config_changes(one, two)]

@@ -60,7 +60,7 @@ def resolve(model: str | os.PathLike[str], *, download: bool = False) -> Path:
     """The path of a checkpoint: a file or a folder that exists.
 
     Args:
-      model: `demo`; a path (`~` is expanded); the name of a size, of a repository of the hub (owner/name) or an official
+      model: `demo`; `digits`; a path (`~` is expanded); the name of a size, of a repository of the hub (owner/name) or an official
         `CheckpointPath`, whose weights lie in a folder of `$GEMMA_CHECKPOINT_DIR` or in `cache_dir()/models`. The word
         wins over a folder of the same name: write `./demo` for that.
       download: fetch an official `CheckpointPath` that is not on this machine.
@@ -74,6 +74,8 @@ def resolve(model: str | os.PathLike[str], *, download: bool = False) -> Path:
         name = os.fsdecode(name)
     if not isinstance(model, os.PathLike) and name.strip() == DEMO:
         return demo_path()
+    if not isinstance(model, os.PathLike) and name.strip() == DIGITS:
+        return Path(__file__).parent / "_assets" / DIGITS
     if not name.strip():
         raise CheckpointNotFound(f"expected a model, got an empty name: {_can_be_given()}")
     path = Path(name).expanduser()
@@ -115,7 +117,8 @@ def pull(
     """
     repository = _hub_names.repository(model)
     if repository is None:
-        raise HubError(f"{model[:200]!r}: expected owner/name, as in google/gemma-3-1b-it, or a size. {_near(model)}")
+        known = _did_you_mean(model)
+        raise HubError(f"{model[:200]!r}: expected owner/name, as in google/gemma-3-1b-it, or a size{known}")
     folder = cache_dir() / "models" / _hub_names.folder(repository) if to is None else Path(to).expanduser()
     if revision is not None and to is None:
         folder = folder.with_name(f"{folder.name}@{_plain(revision)}")
@@ -289,8 +292,8 @@ def _other_folder() -> str:
 
 def _can_be_given() -> str:
     return (
-        "give the path of a .gguf or .safetensors file, the path of a Hugging Face folder, or the word "
-        f"{DEMO!r} (the real Gemma 3 270M)"
+        "give the path of a .gguf, .safetensors, .ckpt, .npz or .sbs file, the path of a Hugging Face or Orbax folder, "
+        f"or the word {DEMO!r} (the real Gemma 3 270M)"
     )
 
 
@@ -331,10 +334,17 @@ def _hint(name: str) -> str:
 
 def _near(name: str) -> str:
     given = _can_be_given()
-    given = f"{given[0].upper()}{given[1:]}."
+    near = _did_you_mean(name)
+    return f"{given[0].upper()}{given[1:]}." + (
+        f" Among the sizes of the family{near.replace(';', ',')}" if near else ""
+    )
+
+
+def _did_you_mean(name: str) -> str:
+    """'; did you mean ...', where a size has such a name."""
     try:
         config.preset_name(name)
     except ConfigError as error:
         _, found, near = str(error).partition("did you mean ")
-        return given + (f" Among the sizes of the family, did you mean {near}" if found else "")
-    return given
+        return f"; did you mean {near}" if found else ""
+    return ""

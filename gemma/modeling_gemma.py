@@ -266,7 +266,7 @@ class GemmaForCausalLM(nn.Module):
     """A Gemma text model with its head, which shares the embedding's weight unless the configuration unties it.
 
     model = GemmaForCausalLM.from_pretrained("demo")
-    ids = model.generate(prompt_ids, params=SamplingParams(temperature=0, max_new_tokens=14))
+    ids = model.generate(prompt_ids, temperature=0, max_new_tokens=14)
     """
 
     def __init__(self, config: GemmaConfig):
@@ -329,7 +329,7 @@ class GemmaForCausalLM(nn.Module):
         return result
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """Continues token ids; see `gemma/_torch/generate.py`."""
+        """Continues token ids [B, T], for example `max_new_tokens=40, temperature=0`; see `gemma/_torch/generate.py`."""
         from gemma._torch.generate import generate
 
         return generate(self, input_ids, **options)

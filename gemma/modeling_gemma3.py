@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemma._torch.linear import drop_tied_copy
 from gemma.config import GemmaConfig
 from gemma.errors import ConfigError
 from gemma.modeling_gemma import GemmaLinear, GemmaModel, GemmaRMSNorm, KVCache
@@ -87,7 +88,9 @@ class Gemma3ForConditionalGeneration(ImageTextModel):
             )
         self.config = config
         self.model = Gemma3Model(config)
-        if not config.tie_word_embeddings:
+        if config.tie_word_embeddings:  # other libraries' state dicts hold the shared weight twice
+            self.register_load_state_dict_pre_hook(drop_tied_copy)
+        else:
             self.lm_head = GemmaLinear(config.hidden_size, config.vocab_size)
 
     @classmethod

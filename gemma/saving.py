@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma import weights
-from gemma._atomic import check_destination
+from gemma._atomic import check_destination, latest_valid, verify_manifest
 from gemma._load_tensors import count_nonfinite
 from gemma.errors import CheckpointError, ConfigError, SaveError, ShapeError, WeightsMismatch
 
@@ -34,7 +34,19 @@ if TYPE_CHECKING:
     from gemma.checkpoint import TokenizerSource
     from gemma.weights import Tensor
 
-__all__ = ["FORMATS", "ArrayReader", "Format", "Job", "Reader", "SaveReport", "SavedTensor", "from_arrays", "save"]
+__all__ = [
+    "FORMATS",
+    "ArrayReader",
+    "Format",
+    "Job",
+    "Reader",
+    "SaveReport",
+    "SavedTensor",
+    "from_arrays",
+    "latest_valid",
+    "save",
+    "verify_manifest",
+]
 
 MAX_SHARD_BYTES = 5_000_000_000
 _FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -289,7 +301,7 @@ def save(
       tokenizer: what goes beside or into the file; None: no tokenizer.
       dtype: float32, float16 or bfloat16 for all floats; None keeps them as stored, and what is packed becomes float32
         (in a GGUF it stays packed).
-      quantize: a mix such as "q4_k_m" or "q8_0" (GGUF only). Tensors that already have their type keep their bytes.
+      quantize: a mix such as "q4_k_m" (GGUF; what has its type already keeps its bytes), "int8" (ckpt), "sfp8" (sbs).
       imatrix: tensor name (canonical or of the GGUF) to float32 [inputs], the mean square of each input.
       max_shard_bytes: of data in one safetensors file.
       progress: called with (bytes written, bytes in all) as the work goes on.
@@ -365,7 +377,12 @@ def _arrays(path: Path, tensors: Iterable[tuple[Tensor, Reader]], config: Any, c
     missing += [f"{tensor.name} (has no name in the format {column})" for tensor in table if column not in tensor.slots]
     foreign = [name for name in names if name not in known] + sorted({n for n in names if names.count(n) > 1})
     if missing and not any(column in tensor.slots for tensor in table):
-        weights.expected(config, column)  # says that the format has no place for such a model
+        kind = type(config).__name__.removesuffix("Config")
+        able = [name for name, other in FORMATS.items() if any(other.column in tensor.slots for tensor in table)]
+        raise ConfigError(
+            f"format: {column} has no place for a {kind} model; formats that hold one: {', '.join(able)}, and Orbax "
+            f"for what has a JAX network"
+        )
     if missing or foreign or wrong:
         hint = "save the decoder alone with gemma.config.text_only(config)" if getattr(config, "vision", None) else ""
         raise WeightsMismatch(path, missing=missing, unexpected=foreign, misshaped=wrong, hint=hint)

@@ -9,6 +9,7 @@ either side: inside they stand on the right, so that their last tokens are in on
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from gemma._torch import sampling
 from gemma._torch.cache import WindowedKVCache
+from gemma._torch.masks import check_tensors
 from gemma.config import GemmaConfig, PaliGemmaConfig
 from gemma.errors import ContextFull, PromptError, SamplingError, ShapeError
 from gemma.sampling import SamplingParams, StopChecker, fresh_seed, step_seed, uniform
@@ -30,7 +32,7 @@ def generate(
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
-    params: SamplingParams = _DEFAULT,
+    params: SamplingParams | None = None,
     end_ids: Collection[int] | None = None,
     streamer: Callable[[Tensor], Any] | None = None,
     **options: Any,
@@ -41,7 +43,8 @@ def generate(
       model: GemmaForCausalLM, PaliGemma, or anything with their forward and a `config`.
       input_ids: [B, T]; rows may be padded on either side.
       attention_mask: [B, T], 0 where there is padding; None: there is none.
-      params: how to sample; every row draws from the same seed.
+      params: how to sample; every row draws from the same seed. Its fields may be given by name instead, or on top of
+        it: `max_new_tokens=40, temperature=0.7`.
       end_ids: ids that end a row, and stay in it; None: those of the configuration (a chat format has more of them,
         `gemma.chat.end_token_ids`).
       streamer: called with the new tokens [B] of each step, on the CPU; the pad id stands in rows that have ended.
@@ -54,6 +57,7 @@ def generate(
       ContextFull, PromptError, SamplingError, ShapeError: what was asked for does not fit; before anything is computed
         as far as it can be known.
     """
+    params = with_fields(_DEFAULT if params is None else params, options)
     columns = []
     for tokens in stream(model, input_ids, attention_mask=attention_mask, params=params, end_ids=end_ids, **options):
         columns.append(tokens)
@@ -85,6 +89,8 @@ def stream(
       compile: decode through `torch.compile`: it takes about a minute once, and fewer microseconds for every token.
     """
     config = text_config(model)
+    check_tensors(input_ids=input_ids, attention_mask=attention_mask)
+    _check_options(model, first_call)
     rows = _Rows(params, len(input_ids), config.end_token_ids if end_ids is None else end_ids, tokenizer)
     input_ids, attention_mask, first_call = _to_the_right(input_ids, attention_mask, first_call)
     lengths = [input_ids.shape[1]] * len(input_ids)
@@ -110,6 +116,24 @@ def stream(
         if all(rows.ended) or index + 1 == params.max_new_tokens:
             return
         logits = forward(input_ids=tokens[:, None].to(weight.device), kv_cache=cache, logits_to_keep=1)["logits"]
+
+
+def with_fields(params: SamplingParams, options: dict[str, Any]) -> SamplingParams:
+    """`params` with the fields that are in `options` by name; they are taken out of there."""
+    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name in options]
+    return dataclasses.replace(params, **{name: options.pop(name) for name in names})
+
+
+def _check_options(model: nn.Module, first_call: dict[str, Any]) -> None:
+    """Refuses an argument that neither sampling nor the model's forward has, before anything is computed."""
+    known = inspect.signature(model.forward).parameters
+    unknown = [name for name in first_call if name not in known]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        raise SamplingError(
+            f"generate: no such option: {', '.join(unknown)}; expected fields of SamplingParams "
+            f"({', '.join(field.name for field in dataclasses.fields(SamplingParams))}), options of "
+            f"gemma._torch.generate.stream, or arguments of {type(model).__name__}.forward"
+        )
 
 
 @dataclasses.dataclass

@@ -8,13 +8,16 @@ reader fills; a module on the meta device needs no more memory than its paramete
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gemma import config as configs
 from gemma import hub, weights
@@ -28,6 +31,29 @@ _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: 
 M = TypeVar("M", bound=nn.Module)
 
 
+class _NoFilling(TorchFunctionMode):
+    """Initial values are not computed: what would fill a tensor leaves it as it is."""
+
+    _FILLING = frozenset({Tensor.fill_, Tensor.normal_, Tensor.uniform_, Tensor.zero_})
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self._FILLING or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Modules built inside have parameters on the meta device: shapes, no memory.
+
+    `torch.device("meta")` alone would do; but random values of no memory go through Python in PyTorch, which for their
+    sake imports its compiler: some 800 modules, 70 MB and several seconds of every start.
+    """
+    with torch.device("meta"), _NoFilling():
+        yield
+
+
 def load_weights(
     model: nn.Module,
     checkpoint: Checkpoint,
@@ -39,7 +65,7 @@ def load_weights(
 ) -> None:
     """Replaces every parameter of a module by the checkpoint's.
 
-    Build the module under `torch.device("meta")`, and at no time more than its parameters and one tensor exists. On any
+    Build the module under `without_values()`, and at no time more than its parameters and one tensor exists. On any
     error the module is as it was before.
 
     Args:
@@ -96,7 +122,7 @@ def text_from_pretrained(
             raise UnsupportedError(
                 f"{path}: holds a {kind} model that does not continue text; expected a Gemma decoder{hint}"
             )
-        with torch.device("meta"):
+        with without_values():
             model = cls(configs.text_only(config))
         load_weights(model, checkpoint, config, dtype=dtype, device=device, text_only=True)
     return model.eval()

@@ -16,7 +16,7 @@ Windows are on positions, not on indices: padding and the order of a cache's slo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ def layer_masks(
       masks: window (None for global layers) to bool [B, 1, T, S]; None stands for causal and nothing else.
     """
     B, T = x.shape[:2]
+    check_tensors(attention_mask=attention_mask, position_ids=position_ids, token_groups=groups)
     valid = _valid(attention_mask, B, T, x.device)
     held = None if kv_cache is None else kv_cache.token_counts()
     plain = held is None and valid is None and position_ids is None and groups is None
@@ -106,8 +107,16 @@ def visible(
     return seen & (keys >= 0)[:, None]
 
 
+def check_tensors(**arguments: Any) -> None:
+    """Refuses lists and numpy arrays where a tensor belongs, by the argument's name; None passes."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ShapeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}; torch.as_tensor makes one")
+
+
 def check_inputs(config: GemmaConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
     """Refuses what would otherwise end in an error from inside PyTorch, or on a GPU in the death of the process."""
+    check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
     if (input_ids is None) == (inputs_embeds is None):
         raise ShapeError("expected either input_ids or inputs_embeds, got " + ("none" if input_ids is None else "both"))
     if inputs_embeds is not None:

@@ -138,7 +138,13 @@ class _Machine:
             type(part) is tuple and len(part) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in part)
             for part in (shape, stride)
         )
-        if type(storage) is not _Storage or not numbers or len(shape) != len(stride) or type(offset) is not int or not 0 <= offset < 2**48:
+        if (
+            type(storage) is not _Storage
+            or not numbers
+            or len(shape) != len(stride)
+            or type(offset) is not int
+            or not 0 <= offset < 2**48
+        ):
             raise self.fail(f"a tensor of shape {_shown(shape)}, stride {_shown(stride)}, offset {_shown(offset)}")
         return TensorRecord(storage.kind, storage.key, storage.size, offset, shape, stride)
 

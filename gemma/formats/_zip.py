@@ -21,7 +21,7 @@ import numpy as np
 from gemma.errors import FormatError, UnsupportedError
 from gemma.formats._source import Source
 
-MAX_DIRECTORY = 1 << 23  # bytes of the central directory; a thousand members take about 100,000
+MAX_DIRECTORY = 1 << 21  # bytes of the central directory; a thousand members take about 100,000
 MAX_MEMBERS = 32_768
 MAX_RATIO = 100  # deflated weights shrink by a few per cent; an archive that claims more is a bomb
 _SMALL = 1 << 26  # archives that unpack to less are never called bombs

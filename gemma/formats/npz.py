@@ -26,7 +26,7 @@ from gemma.formats.safetensors import DTYPES, MAX_DIMS
 _MAX_HEADER = 4096  # bytes; an array of this family needs about 120
 _HEADER = re.compile(
     rb"\{ ?'descr': '([<>|=]?[a-zA-Z]\d{0,3})', 'fortran_order': (True|False), "
-    rb"'shape': \(((?:\d{1,18},? ?){0,32})\),? ?\}[ \n]*"
+    rb"'shape': \(((?:\d{1,18}, ?){0,32}(?:\d{1,18})?)\),? ?\}[ \n]*"  # a number without a comma is the last
 )
 _TITLES = {dtype: title for title, dtype in DTYPES.items()} | {np.dtype("V2"): "BF16"}
 

@@ -29,7 +29,9 @@ def prompt_logits(path: str | os.PathLike[str], config: GemmaConfig, ids: Sequen
     """
     decoder = text_only(config)
     params = load_params(path, dtype="float32", text_only=True, config=decoder)
-    return np.asarray(_compiled(decoder)(params, jnp.asarray([list(ids)], jnp.int32)), np.float32)[0, :, : config.vocab_size]
+    return np.asarray(_compiled(decoder)(params, jnp.asarray([list(ids)], jnp.int32)), np.float32)[
+        0, :, : config.vocab_size
+    ]
 
 
 @functools.lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ the published models are recognized. Comparing with one known configuration is `
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -59,11 +60,23 @@ def _fits(shapes: Mapping[str, tuple[int, ...]], config: AnyConfig, format: str,
         return False
     if sizes_only:
         shapes = shaped(shapes, config, format)
+    elif not _sizes(config, format) <= {tuple(shape) for shape in shapes.values()}:
+        return False
     try:
         bind(shapes, config, format=format, path="")
     except WeightsMismatch:
         return False
     return True
+
+
+@functools.cache
+def _sizes(config: AnyConfig, format: str) -> frozenset[tuple[int, ...]]:
+    """The shapes that a model must have, whatever its arrays are called: a quick look before they are bound.
+
+    A vocabulary may have more rows than the table says.
+    """
+    slots = (tensor.slots[format] for tensor in tensors(config) if format in tensor.slots and tensor.axes[0] != "V")
+    return frozenset(tuple(slot.shape) for slot in slots)
 
 
 def shaped(shapes: Mapping[str, tuple[int, ...]], config: AnyConfig, format: str) -> dict[str, tuple[int, ...]]:

@@ -108,7 +108,6 @@ class TableLeaf(Leaf):
             else:
                 part[...] = weights.convert(reader(out.dtype), tensor.axes, slot.axes, tensor.dims)
 
-
     def runs(self, dtype: np.dtype) -> Iterator[np.ndarray]:
         """A vocabulary table comes in runs: as a whole it would be half of a small model."""
         (tensor, reader), slot = self._slots[0], self._slots[0][0].slots["flax"]
