@@ -53,6 +53,8 @@ docs: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_load.py
 	$(BIN)/python benchmarks/bench_generate.py
+	$(BIN)/python benchmarks/bench_torch.py --dtype bfloat16
+	$(BIN)/python benchmarks/bench_torch.py --dtype float32
 
 fuzz: $(VENV)/.test
 	$(BIN)/python scripts/fuzz.py all --count 100000

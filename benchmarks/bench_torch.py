@@ -2,12 +2,14 @@
 """How fast the PyTorch path reads and writes, beside Hugging Face on the same weights, dtype and threads.
 
     python benchmarks/bench_torch.py [--model demo] [--dtype bfloat16|float32] [--threads N] [--rounds 5] [--compile]
+                                     [--prefill 64,512] [--depths 16,512] [--steps 24]
 
 Prefill is one forward over a prompt that leaves its last token's logits and a filled cache; decoding is greedy, one
 sequence, `transformers` called directly and without the overhead of its `generate`. The two run in turns in one
 process, so that whatever else the machine does meets both; a ratio is the median over the rounds of the ratio within a
-round. Peak memory is that of a fresh process each that loads, reads 512 tokens and writes 16. Decoding one sequence
-reads every weight once per token: "of the limit" compares with the bandwidth of summing the largest weight.
+round. Peak memory is that of a fresh process each that loads, reads the longest prompt and writes 16 tokens; both read
+the file through the same loader. Decoding one sequence reads every weight once per token: the memory limit is what the
+bandwidth of summing the largest weight would allow.
 
 Needs `transformers`. The last line is one JSON object. Close other programs before believing absolute figures.
 """
@@ -24,15 +26,11 @@ import subprocess
 import sys
 import time
 
-DEPTHS = (16, 512)
-PREFILL = (64, 512)
-STEPS = 24
 
-
-def prompt(length: int):
+def prompt(length: int, model):
     import torch
 
-    return torch.tensor([[2, *(1000 + 7 * i % 5000 for i in range(length - 1))]])
+    return torch.tensor([[2, *((1000 + 7 * i % 5000) % model.config.vocab_size for i in range(length - 1))]])
 
 
 def load_ours(model: str, dtype: str):
@@ -48,11 +46,12 @@ def load_theirs(ours):
     import torch
     import transformers
 
+    from gemma._torch.load import without_values
     from gemma.hf_config import write_config
 
     values = write_config(ours.config)
     config = transformers.AutoConfig.for_model(**values)
-    with torch.device("meta"):
+    with without_values():
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     state = dict(ours.state_dict())
     if ours.config.tie_word_embeddings:
@@ -125,7 +124,8 @@ class Theirs:
 def peak(arguments, side: str) -> float:
     """GB that a fresh process needs at most."""
     command = [sys.executable, __file__, "--peak", side, "--model", arguments.model, "--dtype", arguments.dtype]
-    done = subprocess.run([*command, "--threads", str(arguments.threads)], capture_output=True, text=True, check=False)
+    command += ["--threads", str(arguments.threads), "--prefill", str(max(arguments.prefill))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     return float(done.stdout.splitlines()[-1])
@@ -135,8 +135,8 @@ def measure_peak(arguments) -> None:
     runner = Ours(load_ours(arguments.model, arguments.dtype))
     if arguments.peak == "theirs":
         runner = Theirs(load_theirs(runner.model))
-    runner.prefill(prompt(512))
-    runner.decode(prompt(16), 16)
+    runner.prefill(prompt(max(arguments.prefill), runner.model))
+    runner.decode(prompt(16, runner.model), 16)
     with open("/proc/self/status") as status:
         print(next(int(line.split()[1]) / 1e6 for line in status if line.startswith("VmHWM")))
 
@@ -157,11 +157,11 @@ def rounds(sides, arguments) -> dict[str, dict]:
     found: dict[str, dict[str, list[float]]] = {}
     for index in range(arguments.rounds + 1):  # the first one warms up
         for side in sides if index % 2 else sides[::-1]:
-            for length in PREFILL:
-                rate = length / side.prefill(prompt(length))
+            for length in arguments.prefill:
+                rate = length / side.prefill(prompt(length, side.model))
                 found.setdefault(f"prefill {length}", {}).setdefault(side.name, []).append(rate)
-            for depth in DEPTHS:
-                rate = 1 / statistics.median(side.decode(prompt(depth), STEPS))
+            for depth in arguments.depths:
+                rate = 1 / statistics.median(side.decode(prompt(depth, side.model), arguments.steps))
                 found.setdefault(f"decode at {depth}", {}).setdefault(side.name, []).append(rate)
     rows = {}
     for name, rates in found.items():
@@ -171,12 +171,19 @@ def rounds(sides, arguments) -> dict[str, dict]:
     return rows
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefill", type=numbers, default=(64, 512), help="lengths of prompts to read")
+    parser.add_argument("--depths", type=numbers, default=(16, 512), help="tokens before the decoded ones")
+    parser.add_argument("--steps", type=int, default=24, help="tokens decoded at each depth and round")
     parser.add_argument("--compile", action="store_true", help="decode through torch.compile")
     parser.add_argument("--no-memory", action="store_true", help="leave out the two processes that measure memory")
     parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)
@@ -190,12 +197,8 @@ def main() -> None:
     ours = load_ours(arguments.model, arguments.dtype)
     sides = [Ours(ours, arguments.compile), Theirs(load_theirs(ours))]
     with torch.inference_mode():
-        gap = max(
-            float((a - b).abs().max())
-            for a, b in [
-                (ours(input_ids=prompt(40))["logits"].float(), sides[1].model(input_ids=prompt(40)).logits.float())
-            ]
-        )
+        ids = prompt(40, ours)
+        gap = float((ours(input_ids=ids)["logits"].float() - sides[1].model(input_ids=ids).logits.float()).abs().max())
     rows = rounds(sides, arguments)
     weights = sum(p.numel() * p.element_size() for p in ours.parameters())
     limit = bandwidth(ours) / weights

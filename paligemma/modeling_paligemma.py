@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma._torch.linear import drop_tied_copy
 from gemma.config import GemmaConfig, PaliGemmaConfig
 from gemma.errors import ConfigError, PromptError, ShapeError
 from gemma.modeling_gemma import GemmaLinear, GemmaModel, KVCache
-from siglip.modeling_join import ImageTextModel, filled, pretrained
+from siglip.modeling_join import IGNORE, ImageTextModel, filled, pretrained
 from siglip.modeling_siglip import SiglipVisionTransformer
 
 __all__ = ["PaliGemmaConfig", "PaliGemmaForConditionalGeneration", "PaliGemmaModel", "PaliGemmaMultiModalProjector"]
@@ -81,7 +82,9 @@ class PaliGemmaForConditionalGeneration(ImageTextModel):
             )
         self.config = config
         self.model = PaliGemmaModel(config)
-        if not text.tie_word_embeddings:
+        if text.tie_word_embeddings:  # other libraries' state dicts hold the shared weight twice
+            self.register_load_state_dict_pre_hook(drop_tied_copy)
+        else:
             self.lm_head = GemmaLinear(text.hidden_size, text.vocab_size)
 
     @classmethod
@@ -169,7 +172,7 @@ class PaliGemmaForConditionalGeneration(ImageTextModel):
     def groups(self, input_ids: Tensor, here: Tensor, call: Mapping[str, Any]) -> Tensor | None:
         """Group -1 is the prompt (no window cuts it, should the decoder have one), group 0 the suffix."""
         types, labels = call["token_type_ids"], call["labels"]
-        labelled = None if labels is None else labels != self.config.ignore_index
+        labelled = None if labels is None else labels != IGNORE
         if types is None:
             if labelled is None and (input_ids.shape[1] == 1 or (filled(call["kv_cache"]) and not bool(here.any()))):
                 return None

@@ -11,7 +11,6 @@ V vocabulary.
 from __future__ import annotations
 
 import abc
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from gemma import hub
-from gemma._torch.generate import generate
+from gemma._torch.generate import generate, with_fields
 from gemma._torch.linear import linear
-from gemma._torch.load import load_weights
+from gemma._torch.load import load_weights, without_values
 from gemma._torch.loss import next_token_loss
-from gemma._torch.masks import check_inputs
+from gemma._torch.masks import check_inputs, check_tensors
 from gemma.checkpoint import open_checkpoint
 from gemma.config import GemmaConfig
 from gemma.errors import CheckpointError, PromptError, ShapeError
@@ -92,15 +91,15 @@ class ImageTextModel(nn.Module, abc.ABC):
     ) -> dict[str, Any]:
         """`forward` of both models, after its arguments; see there."""
         kv_cache = call["kv_cache"]
+        check_tensors(input_ids=input_ids, pixel_values=pixel_values, image_features=image_features, labels=labels)
         if input_ids is None or input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
             got = None if input_ids is None else f"{input_ids.dtype} {list(input_ids.shape)}"
             raise ShapeError(f"input_ids: expected whole numbers [B, T], got {got}")
         if pixel_values is not None and pixel_values.ndim != 4:
             got = list(pixel_values.shape)
             raise ShapeError(f"pixel_values: expected [images of the batch, channels, height, width], got {got}")
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ShapeError(f"labels: expected {list(input_ids.shape)} like input_ids, got {list(labels.shape)}")
         here = input_ids == self.config.image_token_index
+        labels = self._labels(labels, here)
         given = pixel_values if image_features is None else image_features
         if given is not None and filled(kv_cache) and not bool(here.any()):
             given = None  # a loop that passes its pictures at every step: they were read with the prompt
@@ -124,12 +123,25 @@ class ImageTextModel(nn.Module, abc.ABC):
         hidden = self.model.language_model(inputs_embeds=embeds, token_groups=groups, **decoder)["last_hidden_state"]
         result: dict[str, Any] = {"logits": None, "kv_cache": kv_cache}
         if labels is not None:
-            labels = labels.masked_fill(labels == getattr(self.config, "ignore_index", IGNORE), IGNORE)
             cap = self.text_config.final_logit_softcapping
             result["loss"] = next_token_loss(hidden, self.head_weight, labels, softcap=cap)
         if labels is None or logits_to_keep:
             result["logits"] = self.logits(hidden[:, -logits_to_keep:])
         return result
+
+    def _labels(self, labels: Tensor | None, here: Tensor) -> Tensor | None:
+        """Labels [B, T] with -100 where they are to be passed over; `here` marks the image tokens."""
+        if labels is None:
+            return None
+        if labels.shape != here.shape:
+            raise ShapeError(f"labels: expected {list(here.shape)} like input_ids, got {list(labels.shape)}")
+        labels = labels.masked_fill(labels == getattr(self.config, "ignore_index", IGNORE), IGNORE)
+        if not torch.compiler.is_compiling() and bool((here & (labels != IGNORE)).any()):
+            raise PromptError(
+                f"labels: image tokens (id {self.config.image_token_index}) cannot be learnt: put {IGNORE} in their "
+                f"places"
+            )
+        return labels
 
     def generate(
         self,
@@ -153,11 +165,8 @@ class ImageTextModel(nn.Module, abc.ABC):
         Returns:
           [B, T + new]: the rows as given, and what follows, the pad id after a row's end.
         """
-        names = [field.name for field in dataclasses.fields(SamplingParams) if field.name in options]
-        fields = {name: options.pop(name) for name in names}
-        params = (
-            SamplingParams(**{"temperature": 0.0} | fields) if params is None else dataclasses.replace(params, **fields)
-        )
+        check_tensors(input_ids=input_ids)
+        params = with_fields(SamplingParams(temperature=0.0) if params is None else params, options)
         first = {"pixel_values": pixel_values, **self.first_call(input_ids)}
         options = {name: value for name, value in (first | options).items() if value is not None}
         return generate(self, input_ids, params=params, blocked_ids=[*self.never_written(), *blocked_ids], **options)
@@ -287,7 +296,7 @@ def pretrained(
             raise CheckpointError(
                 f"{path}: no image tower in this checkpoint; gemma.modeling_gemma.GemmaForCausalLM reads it"
             )
-        with torch.device("meta"):
+        with without_values():
             model = cls(config)
         load_weights(model, checkpoint, config, dtype=dtype, device=device)
     return model.eval()

@@ -11,13 +11,14 @@ Axes: B images, C channels, P patches, E the tower's width, A heads of U values 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma import hub
-from gemma._torch.load import as_numpy, check_dtype
+from gemma._torch.load import as_numpy, check_dtype, without_values
 from gemma.checkpoint import Checkpoint, load_tensors, open_checkpoint
 from gemma.config import SiglipVisionConfig
 from gemma.errors import CheckpointError, ConfigError, ShapeError
@@ -149,6 +150,7 @@ class SiglipVisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if config.vision_use_head:
             self.head = SiglipMultiheadAttentionPoolingHead(config)
+        self.register_load_state_dict_pre_hook(_without_root)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """One vector per patch.
@@ -204,7 +206,7 @@ class SiglipVisionTransformer(nn.Module):
                     f"{path}: expected a SigLIP tower alone, but this checkpoint is of a {type(config).__name__}; "
                     f"PaliGemma and Gemma 3 have their own classes"
                 )
-            with torch.device("meta"):
+            with without_values():
                 model = cls(config)
             model.load_state_dict(_read_tower(checkpoint, config, dtype, device), strict=True, assign=True)
         return model.eval()
@@ -227,11 +229,11 @@ def _read_tower(
     checkpoint: Checkpoint, config: SiglipVisionConfig, dtype: torch.dtype | None, device: torch.device | str
 ) -> dict[str, Tensor]:
     """The parameters of a tower by name; one that several tensors share (q, k and v of the head) is filled in parts."""
+    dtype = check_dtype(dtype, config)
     tensors = list(load_tensors(checkpoint, config))
     if dtype is None:
         stored = {reader.dtype for tensor, reader in tensors if len(tensor.shape) > 1}
         dtype = torch.bfloat16 if stored == {"BF16"} else torch.float32
-    check_dtype(dtype, config)
     state: dict[str, Tensor] = {}
     for tensor, reader in tensors:
         slot = tensor.slots["hf"]
@@ -239,6 +241,13 @@ def _read_tower(
         reader(out=as_numpy(whole if slot.rows is None else whole[slot.rows[0] : slot.rows[1]]))
         checkpoint.release(reader.slot.name)
     return {name: value.to(device) for name, value in state.items()}
+
+
+def _without_root(tower: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """A hook before `load_state_dict`: other libraries keep the tower in a `vision_model` of its own."""
+    root = f"{prefix}vision_model."
+    for name in [name for name in state if name.startswith(root)]:
+        state[prefix + name.removeprefix(root)] = state.pop(name)
 
 
 def _heads(x: Tensor, count: int) -> Tensor:

@@ -72,7 +72,7 @@ def load_weights(
       model: its parameters have the names of the "hf" column of the weight table (the first spelling).
       checkpoint: open, of any format.
       config: the checkpoint's configuration.
-      dtype: float32, bfloat16 or float16. None: bfloat16 if all matrices are stored so, else float32.
+      dtype: float32, bfloat16 or float16, or its name. None: bfloat16 if all matrices are stored so, else float32.
       device: where the parameters live.
       text_only: the module is the text decoder alone; leave a vision tower in the file.
 
@@ -80,7 +80,7 @@ def load_weights(
       WeightsMismatch: tensors that are missing, unexpected or of the wrong shape, in the file or in the module.
       UnsupportedError: a dtype that the model cannot run in.
     """
-    check_dtype(dtype, config)
+    dtype = check_dtype(dtype, config)
     tensors = list(load_tensors(checkpoint, config, text_only=text_only))
     own = configs.text_only(config) if text_only and isinstance(config, configs.GemmaConfig) else config
     names = {tensor.name: tensor.slots["hf"].name for tensor in weights.tensors(own)}
@@ -128,8 +128,10 @@ def text_from_pretrained(
     return model.eval()
 
 
-def check_dtype(dtype: torch.dtype | None, config: Any) -> None:
-    """Refuses what is no float type, and float16 where the activations of the model do not fit into it."""
+def check_dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype | None:
+    """The dtype, also by its name: refuses what is no float type, and float16 where activations do not fit into it."""
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if dtype is not None and dtype not in _NUMPY:
         expected = ", ".join(str(known).removeprefix("torch.") for known in _NUMPY)
         raise UnsupportedError(f"dtype: expected one of {expected}, got {dtype}")
@@ -138,6 +140,7 @@ def check_dtype(dtype: torch.dtype | None, config: Any) -> None:
             "float16 cannot run Gemma 3: its activations pass 65504, the largest float16, and the text becomes NaN; "
             "use bfloat16 or float32"
         )
+    return dtype
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:

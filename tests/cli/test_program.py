@@ -129,4 +129,4 @@ def test_module_and_console_script_are_one():
 
 def test_backends_are_named_in_the_help(cli):
     text = " ".join(cli("generate", "--help").out.split())
-    assert f"What computes: {', '.join(_backend.BACKENDS)}." in text
+    assert f"What computes: {' or '.join(_backend.BACKENDS)}." in text

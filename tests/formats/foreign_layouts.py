@@ -198,3 +198,73 @@ def gemma_cpp(state: dict, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
             if f"{at}self_attn.{hf}.weight" in text:
                 out[f"{name}_{i}"] = text[f"{at}self_attn.{hf}.weight"]
     return out
+
+
+# ---- the JAX package --------------------------------------------------------------------------------------------------
+
+
+def flax(state: dict, heads: int, kv_heads: int, *, transposed: bool) -> dict:
+    """The decoder as a nested tree: kernels are [heads, in, size], gate and up [2, out, in] if `transposed`."""
+    text = text_part(state)
+    norms = dict(zip(NORMS, ("pre_attention_norm", "post_attention_norm", "pre_ffw_norm", "post_ffw_norm")))
+    if len(_norms(text)) == 2:
+        norms = dict(zip(NORMS1, ("pre_attention_norm", "pre_ffw_norm")))
+    tree: dict = {"embedder": {"input_embedding": text["embed_tokens.weight"]}}
+    tree["final_norm"] = {"scale": text["norm.weight"]}
+    for i in range(layers_of(text)):
+        at = f"layers.{i}."
+        q, k, v = (text[f"{at}self_attn.{p}_proj.weight"] for p in "qkv")
+        D, H = q.shape[1], q.shape[0] // heads
+        split = [m.reshape(-1, H, D).transpose(0, 2, 1) for m in (q, k, v)]
+        o = text[f"{at}self_attn.o_proj.weight"].reshape(D, heads, H).transpose(1, 2, 0)
+        attn = {"attn_vec_einsum": {"w": o}}
+        if heads == kv_heads:
+            attn["qkv_einsum"] = {"w": np.stack(split)}
+        else:
+            attn |= {"q_einsum": {"w": split[0]}, "kv_einsum": {"w": np.stack(split[1:])}}
+        for hf, name in (("q_norm", "_query_norm"), ("k_norm", "_key_norm")):
+            if f"{at}self_attn.{hf}.weight" in text:
+                attn[name] = {"scale": text[f"{at}self_attn.{hf}.weight"]}
+        gating = np.stack([text[f"{at}mlp.{p}_proj.weight"] for p in ("gate", "up")])
+        mlp = {"gating_einsum": gating if transposed else gating.transpose(0, 2, 1)}
+        mlp["linear"] = text[f"{at}mlp.down_proj.weight"].T
+        tree[f"layer_{i}"] = {"attn": attn, "mlp": mlp}
+        tree[f"layer_{i}"] |= {name: {"scale": text[f"{at}{hf}.weight"]} for hf, name in norms.items()}
+    return {key: _contiguous(value) for key, value in tree.items()}
+
+
+def _contiguous(value):
+    if isinstance(value, dict):
+        return {key: _contiguous(part) for key, part in value.items()}
+    return np.ascontiguousarray(value)
+
+
+def from_flax(tree: dict, *, transposed: bool) -> dict[str, np.ndarray]:
+    """The decoder of such a tree under Hugging Face's names (root `model.`)."""
+    array = np.asarray
+    out = {"model.embed_tokens.weight": array(tree["embedder"]["input_embedding"])}
+    out["model.norm.weight"] = array(tree["final_norm"]["scale"])
+    four = "post_attention_norm" in tree["layer_0"]
+    names = ("pre_attention_norm", "post_attention_norm", "pre_ffw_norm", "post_ffw_norm")
+    norms = dict(zip(NORMS, names)) if four else dict(zip(NORMS1, names[::2]))
+    for i in range(sum(key.startswith("layer_") for key in tree)):
+        layer, at = tree[f"layer_{i}"], f"model.layers.{i}."
+        attn = layer["attn"]
+        if "qkv_einsum" in attn:
+            q, k, v = array(attn["qkv_einsum"]["w"])
+        else:
+            q, (k, v) = array(attn["q_einsum"]["w"]), array(attn["kv_einsum"]["w"])
+        for part, kernel in zip("qkv", (q, k, v)):  # [N, D, H] -> [(N H), D]
+            out[f"{at}self_attn.{part}_proj.weight"] = kernel.transpose(0, 2, 1).reshape(-1, kernel.shape[1])
+        o = array(attn["attn_vec_einsum"]["w"])  # [N, H, D] -> [D, (N H)]
+        out[f"{at}self_attn.o_proj.weight"] = o.transpose(2, 0, 1).reshape(o.shape[2], -1)
+        for hf, name in (("q_norm", "_query_norm"), ("k_norm", "_key_norm")):
+            if name in attn:
+                out[f"{at}self_attn.{hf}.weight"] = array(attn[name]["scale"])
+        gating = array(layer["mlp"]["gating_einsum"])
+        for part, kernel in zip(("gate", "up"), gating if transposed else gating.transpose(0, 2, 1)):
+            out[f"{at}mlp.{part}_proj.weight"] = kernel
+        out[f"{at}mlp.down_proj.weight"] = array(layer["mlp"]["linear"]).T
+        for hf, name in norms.items():
+            out[f"{at}{hf}.weight"] = array(layer[name]["scale"])
+    return out

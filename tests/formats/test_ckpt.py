@@ -118,8 +118,15 @@ FILES = {
     "a module's state dict": _module_state,
     "ordered": lambda: collections.OrderedDict(z=torch.randn(2), a=torch.randn(3)),
     "one storage, many tensors": _shared,
-    "strides along an axis of one": lambda: {"row": torch.randn(6, 8)[:1].T, "a": torch.as_strided(torch.ones(9), (1, 3), (7, 1))},
-    "a name of many kinds": lambda: {"模型.weight": torch.randn(2), "with space/and slash": torch.randn(3), "": torch.ones(1)},
+    "strides along an axis of one": lambda: {
+        "row": torch.randn(6, 8)[:1].T,
+        "a": torch.as_strided(torch.ones(9), (1, 3), (7, 1)),
+    },
+    "a name of many kinds": lambda: {
+        "模型.weight": torch.randn(2),
+        "with space/and slash": torch.randn(3),
+        "": torch.ones(1),
+    },
     "many": lambda: {f"layer.{i}": torch.full((2,), float(i)) for i in range(700)},  # memo ids above 255
 }
 
@@ -180,11 +187,10 @@ def test_the_dictionary_gemma_pytorch_looks_for(wrapper, tmp_path):
 
 def test_optimizer_state_beside_the_weights_is_left_alone(tmp_path):
     """A training script's file: only the model's tensors are the checkpoint's."""
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.randn(1, 3)).sum().backward()
-    optimizer.step()
-    saved = {"model_state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
+    moments = {i: {"step": torch.tensor(1.0), "exp_avg": torch.randn(2, 3)} for i in range(2)}  # as Adam keeps them
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "amsgrad": False, "maximize": None, "params": [0, 1]}
+    optimizer = {"state": moments, "param_groups": [group]}
+    saved = {"model_state_dict": torch.nn.Linear(3, 2).state_dict(), "optimizer": optimizer, "step": 1}
     torch.save(saved, tmp_path / "m.ckpt")
     check_like_torch(tmp_path / "m.ckpt")
 
@@ -251,10 +257,10 @@ def test_reading_needs_no_torch_and_little_memory(tmp_path):
     torch.save({"large": torch.zeros(8_000_000), "small": torch.arange(4.0)}, tmp_path / "m.ckpt")
     script = (
         "import sys; from gemma.checkpoint import open_checkpoint; "
-        f"print(open_checkpoint({str(tmp_path / 'm.ckpt')!r}).read('small').sum(), 'torch' in sys.modules, 'pickle' in sys.modules)"
+        f"print(open_checkpoint({str(tmp_path / 'm.ckpt')!r}).read('small').sum(), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[:2] == ["6.0", "False"]
+    assert done.stdout.split() == ["6.0", "False"]
     tracemalloc.start()
     try:
         with open_checkpoint(tmp_path / "m.ckpt", mmap=False) as opened:
@@ -340,7 +346,10 @@ def test_int8_that_does_not_fit_together_is_refused(fault, tmp_path):
     else:
         state["model.norm.weight"] = torch.ones(config.hidden_size, dtype=torch.int8)
     torch.save({"model_state_dict": state}, tmp_path / "model.ckpt")
-    with pytest.raises(CheckpointError, match=r"model\.norm|up_proj"), open_checkpoint(tmp_path / "model.ckpt") as opened:
+    with (
+        pytest.raises(CheckpointError, match=r"model\.norm|up_proj"),
+        open_checkpoint(tmp_path / "model.ckpt") as opened,
+    ):
         canonical(opened, config)
 
 
@@ -351,7 +360,7 @@ def test_shards_of_a_folder(tmp_path):
     for n, start in enumerate(range(0, len(names), 30)):
         file = f"pytorch_model-{n:05}.bin"
         torch.save({name: state[name] for name in names[start : start + 30]}, tmp_path / file)
-        index |= {name: file for name in names[start : start + 30]}
+        index |= dict.fromkeys(names[start : start + 30], file)
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (tmp_path / "config.json").write_text(json.dumps(write_config(config)))
     expected = random_tensors(config)

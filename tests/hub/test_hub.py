@@ -182,7 +182,7 @@ def test_weights_in_the_cache_are_found_by_name(cache):
         ("paligemma_3b_224", "name of a size.*https://huggingface.co/google/paligemma-3b-pt-224, then"),
         ("gemm3_1b", "give the path of a .gguf.*did you mean gemma3_1b"),
         ("google/gemma-3-1b-it", "hugging face repository.*gemma pull google/gemma-3-1b-it"),
-        ("nothing", "give the path of a .gguf or .safetensors file"),
+        ("nothing", "give the path of a .gguf, .safetensors, .*Orbax folder"),
         ("", "an empty name"),
         ("a\0b", "no such file"),
         ("x" * 5000, r"x{200}\.\.\. \(5000 characters\)"),

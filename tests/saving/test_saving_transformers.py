@@ -7,18 +7,25 @@ these are saved, and `from_pretrained` reads the folder. That our own networks g
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import hf_tiny_oracles as oracles
 import numpy as np
 import pytest
 import torch
+from saving_models import tiny_source
 
 from gemma import weights
-from gemma.checkpoint import load_tensors, open_checkpoint
+from gemma._tokenizer_write import write_hf_files
+from gemma.checkpoint import TokenizerSource, load_tensors, open_checkpoint
+from gemma.config import GemmaConfig, text_only
 from gemma.hf_config import read_config
+from gemma.image import normalize, resize
 from gemma.saving import from_arrays, save
+from gemma.testing import random_tensors
 
+IMAGE_FIELDS = ("mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index")
 NAMES = ["gemma1", "gemma2", "gemma3_text", "embeddinggemma", "gemma3", "paligemma1", "paligemma2", "t5gemma"]
 NAMES += ["t5gemma_unbalanced", "siglip"]
 
@@ -63,3 +70,41 @@ def test_the_stored_dtype_is_the_loaded_one(tmp_path):
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[key].to(torch.bfloat16)), key
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["Gemma2ForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma1"])
+def test_the_image_processor_is_that_of_the_model(name, tmp_path):
+    """A quantizer that drops these files leaves a folder that transformers cannot feed with pictures."""
+    from transformers import AutoImageProcessor
+
+    _, config, values = original(name)
+    save(tmp_path / "out", from_arrays(values, config), config, format="safetensors")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out", use_fast=False)
+    tower = config.vision_config if name == "paligemma1" else config.vision
+    ramp = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
+    pixels = processor(ramp, return_tensors="np")["pixel_values"]
+    method = "bicubic" if name == "paligemma1" else "bilinear"
+    ours = normalize(resize(ramp, tower.image_size, tower.image_size, method=method)).transpose(2, 0, 1)
+    assert np.abs(pixels.reshape(ours.shape) - ours).max() < 1e-6
+
+
+def test_files_about_images_and_generation_come_along(tmp_path):
+    _, config, values = original("gemma3")
+    source = tmp_path / "source"
+    source.mkdir()
+    write_hf_files(tiny_source(), source, 320)
+    own = {"preprocessor_config.json": b'{"mine": 1}', "generation_config.json": b'{"eos_token_id": [1, 106]}'}
+    for file, data in own.items():
+        (source / file).write_bytes(data)
+    tokenizer = TokenizerSource("sentencepiece", source / "tokenizer.model")
+    wide = dataclasses.replace(config, vocab_size=320)
+    values = random_tensors(wide)
+    save(tmp_path / "out", from_arrays(values, wide), wide, format="safetensors", tokenizer=tokenizer)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in own} == own
+    assert json.loads((tmp_path / "out/processor_config.json").read_text())["processor_class"] == "Gemma3Processor"
+    blank = GemmaConfig(8, 8, 8, 1, 1, 1, 8)  # a text model has none of the numbers about images
+    text = dataclasses.replace(text_only(wide), **{field: getattr(blank, field) for field in IMAGE_FIELDS})
+    tensors = from_arrays({t.name: values[t.name] for t in weights.tensors(text)}, text)
+    save(tmp_path / "text", tensors, text, format="safetensors", tokenizer=tokenizer)
+    names = {file.name for file in (tmp_path / "text").iterdir()}
+    assert "generation_config.json" in names and not any("processor" in name for name in names)

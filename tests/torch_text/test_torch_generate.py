@@ -12,8 +12,9 @@ from torch_harness import logits, model
 from gemma._torch import sampling
 from gemma._torch.generate import stream
 from gemma.errors import ContextFull, PromptError, SamplingError, ShapeError
+from gemma.modeling_gemma import GemmaForCausalLM
 from gemma.sampling import SamplingParams, process_logits, sample, step_seed, uniform
-from gemma.testing import ByteTokenizer
+from gemma.testing import ByteTokenizer, tiny_config
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
 WAYS = [
@@ -157,6 +158,13 @@ def test_a_stream_can_be_left():
     tokens.close()
 
 
+def test_sampling_fields_by_name():
+    ids = torch.tensor([[2, 5, 6]])
+    expected = model("gemma3").generate(ids, params=SamplingParams(temperature=0, max_new_tokens=3), end_ids=())
+    assert torch.equal(model("gemma3").generate(ids, max_new_tokens=3, temperature=0, end_ids=()), expected)
+    assert torch.equal(model("gemma3").generate(ids, params=GREEDY, max_new_tokens=3, end_ids=()), expected)
+
+
 WRONG = {
     "holds 128": (ContextFull, torch.ones(1, 121, dtype=torch.long), {}),
     "prompt 1 is empty": (
@@ -167,6 +175,13 @@ WRONG = {
     "attention_mask: expected the shape": (ShapeError, torch.tensor([[5, 6]]), dict(attention_mask=torch.ones(1, 3))),
     "input_ids: expected integers": (ShapeError, torch.tensor([5, 6]), {}),
     "blocked_ids": (SamplingError, torch.tensor([[5, 6]]), dict(blocked_ids=[320])),
+    "no such option: temprature": (SamplingError, torch.tensor([[5, 6]]), dict(temprature=1.0)),
+    "input_ids: expected a torch.Tensor, got list": (ShapeError, [[5, 6]], {}),
+    "attention_mask: expected a torch.Tensor, got ndarray": (
+        ShapeError,
+        torch.tensor([[5, 6]]),
+        dict(attention_mask=np.ones((1, 2))),
+    ),
 }
 
 
@@ -177,11 +192,11 @@ def test_what_is_refused(message):
         model("gemma3").generate(ids, params=GREEDY, **call)
 
 
-def compiled(name: str, **call):
+def compiled(network: GemmaForCausalLM, **call):
     """The tokens of compiled decoding, and what the compiler counted."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    out = model(name).generate(**call, compile=True)
+    out = network.generate(**call, compile=True)
     return out, torch._dynamo.utils.counters
 
 
@@ -194,8 +209,10 @@ def test_decoding_is_one_graph(name, monkeypatch):
     ids = torch.as_tensor(tokens, dtype=torch.long)
     params = SamplingParams(temperature=0, max_new_tokens=6)
     call = dict(input_ids=ids, attention_mask=ids != 0, params=params, end_ids=())
-    out, counters = compiled(name, **call)
-    assert torch.equal(out, model(name).generate(**call))
+    # A local and a global layer: tracing takes a second for each layer.
+    network = GemmaForCausalLM(tiny_config(name, num_hidden_layers=2, layer_pattern="LG")).eval()
+    out, counters = compiled(network, **call)
+    assert torch.equal(out, network.generate(**call))
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
 
 
@@ -203,4 +220,4 @@ def test_decoding_is_one_graph(name, monkeypatch):
 def test_compiled_decoding():
     """Through the C++ compiler: a minute."""
     call = dict(input_ids=torch.tensor([[2, 5, 6]]), params=SamplingParams(temperature=0, max_new_tokens=6), end_ids=())
-    assert torch.equal(compiled("gemma1", **call)[0], model("gemma1").generate(**call))
+    assert torch.equal(compiled(model("gemma1"), **call)[0], model("gemma1").generate(**call))

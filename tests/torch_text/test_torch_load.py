@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from gemma import testing
-from gemma._torch.load import load_weights
+from gemma._torch.load import load_weights, without_values
 from gemma.checkpoint import NonFiniteWarning, open_checkpoint
 from gemma.config import SiglipVisionConfig, text_only
 from gemma.errors import CheckpointNotFound, UnsupportedError, WeightsMismatch
@@ -53,10 +56,11 @@ def test_values_from_gguf(tmp_path):
         np.testing.assert_allclose(state[name].numpy(), array, atol=2**-23, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, "bfloat16"])
 def test_dtypes(saved, dtype):
     config, path = saved
     state = GemmaForCausalLM.from_pretrained(path, dtype=dtype).state_dict()
+    dtype = torch.bfloat16 if dtype == "bfloat16" else dtype
     for name, array in reference(config).items():
         assert torch.equal(state[name], torch.from_numpy(array).to(dtype)), name
 
@@ -171,6 +175,23 @@ def test_what_is_no_text_model(tmp_path):
     config = testing.tiny_config("gemma3", use_bidirectional_attention=True, sliding_window=8)
     with pytest.raises(UnsupportedError, match="does not continue text"):
         GemmaForCausalLM.from_pretrained(testing.write_tiny_safetensors(tmp_path / "m", config))
+
+
+def test_loading_and_generating_leave_the_compiler_alone(tmp_path):
+    """Importing it is 70 MB and most of the time that a command takes to start; one random value on the meta device does."""
+    path = testing.write_tiny_gguf(tmp_path / "m.gguf", testing.tiny_config("gemma3", query_pre_attn_scalar=None))
+    script = (
+        "import sys, torch; from gemma.modeling_gemma import GemmaForCausalLM as M; m = M.from_pretrained(sys.argv[1]); "
+        "m.generate(torch.tensor([[2, 5]]), max_new_tokens=2, seed=1); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+
+
+def test_modules_without_values():
+    with without_values():
+        network = nn.Sequential(GemmaForCausalLM(testing.tiny_config("gemma3")), nn.Conv2d(3, 4, 2), nn.LayerNorm(3))
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert not nn.Linear(3, 3).weight.is_meta and nn.Linear(3, 3).weight.any()  # outside, all is as ever
 
 
 def test_memory_while_loading(tmp_path):

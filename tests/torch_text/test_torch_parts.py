@@ -251,6 +251,8 @@ WRONG = {
     r"0\.\.319, got 320": (PromptError, dict(input_ids=IDS + 315)),
     r"0\.\.319, got -2": (PromptError, dict(input_ids=IDS - 5)),
     "attention_mask: expected 1 rows": (ShapeError, dict(input_ids=IDS, attention_mask=torch.ones(1, 2))),
+    "input_ids: expected a torch.Tensor, got list": (ShapeError, dict(input_ids=[[3, 4]])),
+    "attention_mask: expected a torch.Tensor, got list": (ShapeError, dict(input_ids=IDS, attention_mask=[[1] * 3])),
     "position_ids": (ShapeError, dict(input_ids=IDS, position_ids=torch.zeros(1, 2, dtype=torch.long))),
     "token_groups": (ShapeError, dict(input_ids=IDS, token_groups=torch.zeros(1, 2))),
     "labels: expected integers": (ShapeError, dict(input_ids=IDS, labels=IDS[:, :2])),

@@ -3,6 +3,9 @@
 
 import io
 import math
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -167,6 +170,15 @@ def modes():
 def test_pictures_of_any_mode(processor, mode):
     pixels = processor.pixels(modes()[mode])
     assert pixels.shape == (3, 56, 56) and -1 <= pixels.min() <= pixels.max() <= 1
+    rgb = helpers.picture()
+    grey = Image.fromarray(rgb).convert("L")
+    same = {"RGBA": rgb, "CMYK": rgb, "L": grey, "LA": grey, "I;16": rgb[..., 0], "grey array": rgb[..., 0]}
+    if mode in same:  # to what a mode rounds away: two of 255 levels
+        assert np.abs(pixels - processor.pixels(same[mode])).max() <= 2 / 127.5
+    if mode in ("gif", "P"):  # few colors, but those of the first frame
+        assert np.abs(pixels - processor.pixels(rgb)).mean() < 0.3
+    if mode == "1x1":
+        assert np.abs(pixels - (rgb[0, 0] / 127.5 - 1)[:, None, None]).max() < 1e-6
 
 
 @pytest.mark.parametrize("broken", [b"", b"no picture", "truncated", "/no/such/file.png"])
@@ -177,6 +189,20 @@ def test_unreadable_pictures_are_named(processor, broken):
         broken = out.getvalue()[: len(out.getvalue()) // 3]
     with pytest.raises(PromptError, match=r"images of text\[1\], number 1"):
         processor(["a", "b"], [helpers.picture(), [helpers.picture(), broken]])
+
+
+def test_a_huge_picture_is_refused_before_it_is_unpacked(processor):
+    """Forty kilobytes of PNG that say 30,000 x 30,000 pixels."""
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1 << 20))), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    tracemalloc.start()
+    with pytest.raises(PromptError, match="images of text, number 0.*pixels"):
+        processor("caption en", png)
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+    tracemalloc.stop()
 
 
 def test_resampling(folder, processor):

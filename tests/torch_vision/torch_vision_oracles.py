@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import torch
 
@@ -25,9 +24,6 @@ def our_config(config):
 
 
 def load(model: torch.nn.Module, oracle: torch.nn.Module) -> torch.nn.Module:
-    """The oracle's weights in our model, by name; a tied head is left out."""
-    state = {re.sub(r"^(model\.vision_tower\.)vision_model\.", r"\1", k): v for k, v in oracle.state_dict().items()}
-    wanted = model.state_dict()
-    state = {name: value for name, value in state.items() if name in wanted or name != "lm_head.weight"}
-    model.load_state_dict(state, strict=True)
+    """The oracle's state dict in our model, as it is: the copy of a tied head and the tower's own root included."""
+    model.load_state_dict(oracle.state_dict(), strict=True)
     return model.eval()

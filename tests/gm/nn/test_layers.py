@@ -56,6 +56,7 @@ EQUATIONS = [
     ("...D,CDF->...CF", (6,), (2, 6, 7)),
     ("...F,FD->...D", (2, 3, 7), (7, 6)),
     ("...D,VD->...V", (3, 6), (9, 6)),
+    ("...D,VD->...V", (3, 6), (4096, 6)),  # a table in blocks, for a few rows
     ("TD,SNDH->STNH", (1, 4), (3, 2, 4, 3)),
     ("ANH,NHD->AD", (1, 2, 4), (2, 4, 8)),
     ("BD,BDF->BF", (3, 6), (3, 6, 7)),  # an equation of another kind

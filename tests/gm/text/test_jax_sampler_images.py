@@ -13,7 +13,7 @@ from PIL import Image
 
 from gemma import chat, testing
 from gemma.config import SiglipVisionConfig
-from gemma.errors import PromptError
+from gemma.errors import ContextFull, PromptError
 from gemma.gm import nn, text, vision
 from gemma.serving._runner_jax import JaxRunner
 from gemma.serving.runner import StepIn
@@ -196,6 +196,20 @@ def test_turns_count_their_markers(sampler, model, params):
         chatbot.chat("look", images=[A])
     chatbot.chat("<start_of_image> is text here", max_new_tokens=1)
     assert MARKER not in chatbot.last_state.transcripts[0]
+
+
+def test_a_turn_that_fails_changes_nothing(model, params):
+    chatbot = text.ChatSampler(
+        model=model, params=params, tokenizer=TOKENIZER, multi_turn=True, cache_length=128, max_out_length=8
+    )
+    chatbot.chat("hi <start_of_image>", images=A, max_new_tokens=2)
+    turns, transcripts = list(chatbot.turns), chatbot.last_state.transcripts
+    with pytest.raises(PromptError, match=r"images\[0\]: not a readable picture"):
+        chatbot.chat("<start_of_image>", images=[b"no picture"])
+    with pytest.raises(ContextFull) as caught:  # the text alone would have room
+        chatbot.chat("<start_of_image>" * 30, images=[A] * 30)
+    assert caught.value.used > caught.value.limit == model.config.gemma.max_position_embeddings > 30
+    assert (chatbot.turns, chatbot.last_state.transcripts) == (turns, transcripts)
 
 
 def test_a_picture_is_encoded_once(sampler, monkeypatch):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,10 @@ def logits_of(kind: str) -> np.ndarray:
     return values
 
 
+process = functools.partial(jax.jit, static_argnums=1)(_cuts.process)  # compiled once for all with the same cuts
+draw = functools.partial(jax.jit, static_argnums=1)(_cuts.draw)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PARAMS)
 def test_equals_the_numpy_sampler(name, kind):
@@ -59,16 +65,15 @@ def test_equals_the_numpy_sampler(name, kind):
     cuts, knobs = single(params, V)
     seen = np.zeros(V, bool)
     seen[HISTORY] = True
-    got = np.asarray(jax.jit(lambda x: _cuts.process(x, cuts, knobs, seen))(logits))
+    got = np.asarray(process(logits, cuts, knobs, seen))
     expected = reference.process_logits(logits, params, HISTORY)
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
     kept = np.isfinite(expected)
     # two float32 roundings (penalty, temperature) of numbers up to 35: a few units in the last place
     np.testing.assert_allclose(got[kept], expected[kept], rtol=1e-6)
-    draw = jax.jit(lambda x, u: _cuts.draw(x, cuts, u))
     for index, u in enumerate(_cuts.uniforms(params, 0, 50)):
         rng = reference.step_seed(params.seed or 0, index)
-        assert int(draw(got, u)) == reference.sample(logits, params, HISTORY, rng)
+        assert int(draw(got, cuts, u)) == reference.sample(logits, params, HISTORY, rng)
 
 
 def test_draws_follow_the_distribution():

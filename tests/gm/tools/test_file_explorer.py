@@ -68,7 +68,7 @@ def test_cat_and_ls(tree):
         "loop/x",
         "notes/list.txt/x",
         "/proc/self/environ",
-        "/proc/self/root/etc/hostname",
+        f"{os.sep}proc/self/root{os.sep}etc/hostname",
         "~root",
         "nothing.txt",
         "a\0b",

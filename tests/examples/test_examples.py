@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every guide in `examples/` runs, on tiny random models, and says what its prose claims."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ELSEWHERE = {"tools"}  # guides that tests of another folder run: tests/gm/tools/test_tools_example.py
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Tiny programs, each run a few times: compiling them is the cost, so XLA optimizes little."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def guide(name: str):
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sampling(capsys):
+    guide("sampling").main(["--max-new-tokens", "4", "--methods", "your own", "params"])
+    said = capsys.readouterr().out
+    assert "alone the same: True" in said and "the Sampler's, too: True" in said
+    assert said.count("your own") == said.count("params") == 1
+    assert said.count("UserTurn") == 2
+
+
+def test_the_users_own_method_never_repeats():
+    from gemma import gm
+
+    loaded, module = gm.testing.tiny_model(), guide("sampling")
+    out = module.make_sampler(loaded).sample("abc", max_new_tokens=32, sampling=module.NeverTwice(), return_state=True)
+    seen = [*loaded.tokenizer.encode("abc", add_bos=True), *filter(None, out.tokens.tolist())]
+    assert len(seen) == len(set(seen)) > 4
+
+
+def test_multimodal(capsys):
+    guide("multimodal").main(["--max-new-tokens", "4"])
+    said = capsys.readouterr().out
+    assert "0 <start_of_image> and comes with 1 images" in said
+    assert "pictures: [(300, 900, 3), (300, 300, 3), (300, 300, 3), (300, 300, 3)]" in said
+    assert "ids: 8 - logits: (1, 8, 320) - tokens per picture: 4" in said
+
+
+def test_multimodal_needs_a_model_with_vision(tmp_path, capsys):
+    from gemma import testing
+
+    path = testing.write_tiny_gguf(tmp_path / "text.gguf", testing.tiny_config("gemma"))
+    with pytest.raises(SystemExit):
+        guide("multimodal").main(["--model", str(path)])
+    assert "has no vision encoder" in capsys.readouterr().err
+
+
+def test_tokenizer(capsys):
+    guide("tokenizer").main([])
+    said = capsys.readouterr().out
+    assert said.count("the same:   True") == 2 and "spelled:    True" in said
+    assert "is '<unused0>'" in said and "is '<thought>'" in said
+    assert "'漢', '字'" in said
+
+
+def test_sharding():
+    """In a process of its own: how many devices there are is decided once."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "sharding.py"), "--max-new-tokens", "4"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 devices: cpu" in done.stdout
+    assert done.stdout.count("the texts of one device: True") == 2
+    assert done.stdout.count("(2, 72, 24) on each") == 1  # the heads in two parts
+    assert done.stdout.count("one device holds 100%") == 0
+
+
+def test_every_guide_is_run():
+    guides = {path.stem for path in EXAMPLES.glob("*.py")}
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert guides <= tested | ELSEWHERE
