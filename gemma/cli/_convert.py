@@ -128,7 +128,7 @@ class _Staging:
     """A folder beside the destination for a file or folder of the destination's name; gone at the end."""
 
     def __init__(self, destination: Path):
-        self._destination = destination
+        self._destination = destination.absolute()  # the report's paths are
 
     def __enter__(self) -> Path:
         parent = self._destination.parent
