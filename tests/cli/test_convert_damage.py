@@ -115,16 +115,12 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("fault", "to"),
-    [
-        *((fault, "gguf") for fault in NUMBERS),
-        *(("one value, one bit", to) for to in FORMATS if to != "gguf"),
-        ("gate and up exchanged", "orbax"),
-        ("heads exchanged", "ckpt"),
-        ("layers exchanged", "sbs"),
-    ],
-)
+CASES = [(fault, "gguf") for fault in NUMBERS]
+CASES += [("one value, one bit", to) for to in FORMATS if to != "gguf"]
+CASES += [("gate and up exchanged", "orbax"), ("heads exchanged", "ckpt"), ("layers exchanged", "sbs")]
+
+
+@pytest.mark.parametrize(("fault", "to"), CASES)
 def test_a_wrong_number_is_found(fault, to, source, writer, cli, tmp_path):
     name, before = NUMBERS[fault]
     writer(before)
