@@ -4,6 +4,8 @@
 #   make test     install what the tests need and run them all
 #   make check    linter, formatter and generated pages, without running tests
 #   make docs     regenerate the generated pages
+#   make see      let the small model that ships draw boxes around handwritten digits
+#   make digits   train that model again (two hours), evaluate it, draw its pictures
 #   make bench    the benchmarks of this machine
 #   make clean    remove .venv and caches of the checkout
 
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # The pins reach the isolated build of the package itself, too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test check docs bench fuzz clean
+.PHONY: demo see digits test check docs bench fuzz clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -34,6 +36,23 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(VENV)/.demo
 	@$(BIN)/gemma generate --model demo --max-new-tokens 14 'The history of computing began'
+
+# The extra [torch] alone; `make test` installs it too.
+$(VENV)/.torch: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[torch]'
+	@touch $@
+
+see: $(VENV)/.torch
+	@mkdir -p build
+	@$(BIN)/gemma see gemma/_assets/digits/scene.png
+	@$(BIN)/gemma see gemma/_assets/digits/scene.png "detect digit" --out build/scene.boxes.png
+
+digits: $(VENV)/.test
+	$(BIN)/python scripts/train_digits.py train
+	$(BIN)/python scripts/train_digits.py export
+	$(BIN)/python scripts/train_digits.py evaluate
+	$(BIN)/python scripts/train_digits.py picture
 
 test: $(VENV)/.test check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15 --support-json .pytest_cache/support.json

@@ -61,8 +61,8 @@ def resolve(model: str | os.PathLike[str], *, download: bool = False) -> Path:
 
     Args:
       model: `demo`; `digits`; a path (`~` is expanded); the name of a size, of a repository of the hub (owner/name) or
-        an official `CheckpointPath`, whose weights lie in a folder of `$GEMMA_CHECKPOINT_DIR` or in `cache_dir()/models`. The word
-        wins over a folder of the same name: write `./demo` for that.
+        an official `CheckpointPath`, whose weights lie in a folder of `$GEMMA_CHECKPOINT_DIR` or in
+        `cache_dir()/models`. The word wins over a folder of the same name: write `./demo` for that.
       download: fetch an official `CheckpointPath` that is not on this machine.
 
     Raises:
