@@ -176,5 +176,8 @@ def test_a_step_of_training_reaches_every_parameter():
 def test_the_curve_goes_to_the_end_of_every_stage():
     rows = [json.loads(line) for line in (FOLDER / "curve.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == sorted((row["stage"] for row in rows), key=[s.name for s in STAGES].index)
-    assert (rows[-1]["stage"], rows[-1]["step"]) == (STAGES[-1].name, STAGES[-1].end // 200 * 200)  # a row each 200 steps
+    assert (rows[-1]["stage"], rows[-1]["step"]) == (
+        STAGES[-1].name,
+        STAGES[-1].end // 200 * 200,
+    )  # a row each 200 steps
     assert rows[-1]["caption"] > 0.9
