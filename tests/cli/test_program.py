@@ -88,7 +88,8 @@ _common.read_text = announced
 program.main()
 """
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen([sys.executable, "-c", code, "generate", "-"], **pipes)
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background shells ignore it
+    process = subprocess.Popen([sys.executable, "-c", code, "generate", "-"], **pipes, **heard)
     assert process.stdout.readline() == b"up\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)

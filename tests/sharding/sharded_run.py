@@ -20,9 +20,7 @@ def strategies():
     sharding = gm.sharding
     yield "fsdp", sharding.FSDPSharding(min_size=1)
     yield "tensor", sharding.TensorSharding(CONFIG, sharding.make_mesh(data=4, tensor=2))
-    yield "tensor-4", sharding.TensorSharding(CONFIG, sharding.make_mesh(data=2, tensor=4))
     yield "both", sharding.TensorSharding(CONFIG, sharding.make_mesh(data=2, fsdp=2, tensor=2))
-    yield "replicated", sharding.ReplicatedSharding()
 
 
 def main() -> None:

@@ -177,16 +177,16 @@ class Tokenizer:
           ShapeError: (a ValueError) logits of several positions.
           DependencyError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise DependencyError("matplotlib", "train", "plot_logits") from error
         values = np.asarray(logits, np.float32)
         values = values[0] if values.ndim == 2 and values.shape[0] == 1 else values
         if values.ndim != 1:
             raise ShapeError(f"logits: expected [V] or [1, V], the logits of one position, got {values.shape}")
         if isinstance(keep_top, bool) or not isinstance(keep_top, int) or keep_top < 1:
             raise ShapeError(f"keep_top: expected a whole number of tokens, 1 or more, got {keep_top!r}")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise DependencyError("matplotlib", "train", "plot_logits") from error
         shown = sampling.top_logprobs(values, keep_top)
         figure = Figure(figsize=(max(4.0, 0.3 * len(shown)), 3.0), layout="constrained")
         axes = figure.add_subplot(title="Probability of the next token", ylabel="probability")

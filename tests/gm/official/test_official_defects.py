@@ -184,13 +184,13 @@ def test_the_calculator_evaluates_no_code(expression):
 
 def test_the_file_explorer_stays_in_its_root(tmp_path):
     (tmp_path / "root").mkdir()
-    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "secret.txt").write_text("hidden words")
     (tmp_path / "root/link").symlink_to(tmp_path / "secret.txt")
     manager = gm.tools.OneShotToolManager(tools=[gm.tools.FileExplorer(root=tmp_path / "root")])
     for path in ("../secret.txt", str(tmp_path / "secret.txt"), "link"):
         asked = json.dumps({"tool_name": "fileexplorer", "method": "cat", "path": path})
         out = manager.maybe_execute_tool(asked)
-        assert out is not None and "secret" not in out.text.replace("secret.txt", "")
+        assert out is not None and "hidden words" not in out.text
 
 
 def test_json_that_is_no_call():
