@@ -55,7 +55,7 @@ digits: $(VENV)/.test
 	$(BIN)/python scripts/train_digits.py picture
 
 test: $(VENV)/.test check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15 --support-json .pytest_cache/support.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15 --support-json=.pytest_cache/support.json
 	$(BIN)/python scripts/support_table.py --check .pytest_cache/support.json
 
 check: $(VENV)/.test
