@@ -7,6 +7,9 @@
 #   make see      let the small model that ships draw boxes around handwritten digits
 #   make digits   train that model again (two hours), evaluate it, draw its pictures
 #   make bench    the benchmarks of this machine
+#   make quant-table  what each quantization costs the demo model: docs/quantization.md
+#   make native   compile the CPU kernels, if a C++20 compiler is there and their sources changed
+#   make wheel    a wheel of this platform with the compiled kernels, in dist/
 #   make clean    remove .venv and caches of the checkout
 
 PYTHON ?= python3
@@ -17,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # The pins reach the isolated build of the package itself, too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo see digits test check docs bench fuzz clean
+.PHONY: demo see digits quant-table test check docs bench native wheel fuzz clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -54,7 +57,11 @@ digits: $(VENV)/.test
 	$(BIN)/python scripts/train_digits.py evaluate
 	$(BIN)/python scripts/train_digits.py picture
 
+quant-table: $(VENV)/.demo
+	$(BIN)/python scripts/quant_table.py
+
 test: $(VENV)/.test check
+	@$(BIN)/python -m gemma.kernels.build --optional
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15 --support-json=.pytest_cache/support.json
 	$(BIN)/python scripts/support_table.py --check .pytest_cache/support.json
 
@@ -74,6 +81,15 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_torch.py --dtype bfloat16
 	$(BIN)/python benchmarks/bench_torch.py --dtype float32
+
+# Needs nothing that has to be installed.
+native: | $(BIN)/python
+	$(BIN)/python -m gemma.kernels.build
+
+# build/lib would bring files along that the sources no longer have.
+wheel: | $(BIN)/python
+	rm -rf build/lib build/bdist.*
+	GEMMAKIT_REQUIRE_NATIVE=1 $(BIN)/python -m pip --disable-pip-version-check wheel --no-deps --wheel-dir dist .
 
 fuzz: $(VENV)/.test
 	$(BIN)/python scripts/fuzz.py all --count 100000

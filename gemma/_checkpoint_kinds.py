@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints whose files carry no configuration: PyTorch archives (`.ckpt`), big_vision's `.npz`, gemma.cpp's `.sbs`.
 
-One rule for all three: a `config.json` in the folder of the file says what the model is; without one the published
+And the folders of sentence-transformers, whose further modules lie in folders of their own.
+
+One rule for the first three: a `config.json` in the folder of the file says what the model is; without one the published
 models are recognized by names and shapes (an `.sbs` may say it itself). A tokenizer file in the folder is the model's.
 Formats with a configuration, and the interface, are in `checkpoint.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +19,12 @@ from typing import Any
 import numpy as np
 
 from gemma import weights
-from gemma.checkpoint import Checkpoint, TensorInfo, TokenizerSource
+from gemma.checkpoint import Checkpoint, HfCheckpoint, TensorInfo, TokenizerSource
+from gemma.config import GemmaConfig
+from gemma.embedding import read_modules
 from gemma.errors import FormatError, GemmaError
 from gemma.formats import ckpt, npz, sbs
+from gemma.formats import safetensors as st
 from gemma.formats._sbs_fields import read_model_config
 from gemma.formats._source import Source
 from gemma.formats._zip import Verified, read_members
@@ -55,6 +61,29 @@ class _FileCheckpoint(Checkpoint):
             if (self.folder / name).is_file():
                 return TokenizerSource(kind, self.folder / name)
         return None
+
+
+class EmbeddingCheckpoint(HfCheckpoint):
+    """An EmbeddingGemma with the dense layers that follow its encoder; `modules` says what the folder states of them."""
+
+    def __init__(self, path: Path, shards: list[st.Safetensors]):
+        super().__init__(path, shards)
+        self.modules = read_modules(path)
+        tensors, sources = dict(self.tensors), dict(self._sources)
+        for number, dense in enumerate(self.modules.dense):
+            prefix, source = weights.DENSE_FOLDER.format(number + 2), Source(dense.file)
+            sources[source.path] = source
+            for t in st.Safetensors(source).tensors.values():
+                name = prefix + t.name
+                tensors[name] = TensorInfo(name, t.shape, t.dtype, t.nbytes, source.path, t.offset)
+        Checkpoint.__init__(self, path, sources, tensors, self.metadata)
+
+    def config(self):
+        config = super().config()
+        widths = tuple(dense.width_out for dense in self.modules.dense)
+        if not widths or not isinstance(config, GemmaConfig):
+            return config
+        return dataclasses.replace(config, embedding_dense=widths)
 
 
 class TorchCheckpoint(_FileCheckpoint):

@@ -27,7 +27,18 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
       CheckpointNotFound: there is no such file.
       FormatError: more than 1 MB, not UTF-8, not JSON, not an object, a key twice, or nested deeper than 16.
     """
-    path = Path(path)
+    return parse_object(_bytes_of(Path(path)), path)
+
+
+def read_list(path: str | os.PathLike[str]) -> list[Any]:
+    """The JSON list in a file; errors as of `read_object`."""
+    values = _parse(_bytes_of(Path(path)), path)
+    if not isinstance(values, list):
+        raise FormatError(path, 0, f"expected a JSON list [...], got a {type(values).__name__}")
+    return values
+
+
+def _bytes_of(path: Path) -> bytes:
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
@@ -42,7 +53,7 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FormatError(path, None, "expected a config.json, got a pipe or a device")
     if len(raw) > MAX_BYTES:
         raise FormatError(path, MAX_BYTES, f"expected a config.json of at most {MAX_BYTES} bytes, this one is longer")
-    return parse_object(raw, path)
+    return raw
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -51,7 +62,13 @@ def _without_waiting(path: str, flags: int) -> int:
 
 def parse_object(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     """`read_object` for bytes that are already in memory; `path` is for the error."""
+    values = _parse(raw, path)
+    if not isinstance(values, dict):
+        raise FormatError(path, 0, f"expected a JSON object {{...}}, got a {type(values).__name__}")
+    return values
 
+
+def _parse(raw: bytes, path: str | os.PathLike[str]) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
@@ -66,15 +83,12 @@ def parse_object(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FormatError(path, error.start, "expected UTF-8 text (JSON), got other bytes") from None
     _check_depth(text, path)
     try:
-        values = json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         offset = len(text[: error.pos].encode())
         raise FormatError(path, offset, f"not valid JSON: {error.msg}") from None
     except ValueError as error:  # a number of thousands of digits
         raise FormatError(path, None, f"not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise FormatError(path, 0, f"expected a JSON object {{...}}, got a {type(values).__name__}")
-    return values
 
 
 def _check_depth(text: str, path: str | os.PathLike[str]) -> None:

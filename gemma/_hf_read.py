@@ -42,6 +42,7 @@ OWN_FIELDS = (
     "query_pre_attn_scalar",
     "rope_local_base_freq",
     "model_type",
+    "embedding_dense",
 )
 SIZES = (
     "vocab_size",
@@ -80,7 +81,7 @@ def build(section: Section, cls: type, fields: Mapping[str, Any]):
         raise section.error("", str(error).removeprefix(f"{cls.__name__}.")) from None
 
 
-def _ids(section: Section, upper: Section | None, default: GemmaConfig) -> dict[str, Any]:
+def ids(section: Section, upper: Section | None, default: GemmaConfig) -> dict[str, Any]:
     """Special ids; those at the top of a nested file win, because generation reads them there."""
     found = {}
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -96,14 +97,14 @@ def _ids(section: Section, upper: Section | None, default: GemmaConfig) -> dict[
     return found
 
 
-def _activation(section: Section, kind: str) -> None:
+def activation(section: Section, kind: str) -> None:
     # Early Gemma 1 files say "gelu" and mean the tanh form.
     names = ("gelu_pytorch_tanh", "gelu_tanh", *(("gelu",) if kind == "gemma" else ()))
     for key in ("hidden_activation", "hidden_act"):
         section.only(key, *names, why="no Gemma uses another activation")
 
 
-def _rope(section: Section, kind: str, default: GemmaConfig) -> dict[str, Any]:
+def rope(section: Section, kind: str, default: GemmaConfig) -> dict[str, Any]:
     """RoPE bases and the scale of global layers, from either spelling; when both are there they must agree."""
     theta, local = section.take("rope_theta"), section.take("rope_local_base_freq") if kind == "gemma3_text" else None
     factor = _scaling(section.section("rope_scaling"), theta=False)[1] if section.has("rope_scaling") else None
@@ -120,10 +121,10 @@ def _rope(section: Section, kind: str, default: GemmaConfig) -> dict[str, Any]:
             new.finish(())
             if local_factor not in (None, 1, 1.0):
                 raise new.error("sliding_attention.factor", f"expected 1 on local layers, got {local_factor!r}")
-            local = _agree(section, "rope_local_base_freq", local, local2)
+            local = agree(section, "rope_local_base_freq", local, local2)
         else:
             theta2, factor2 = _scaling(new, theta=True)
-        theta, factor = _agree(section, "rope_theta", theta, theta2), _agree(section, "rope_scaling", factor, factor2)
+        theta, factor = agree(section, "rope_theta", theta, theta2), agree(section, "rope_scaling", factor, factor2)
     if kind in ("gemma2", "t5_gemma_module") and factor not in (None, 1, 1.0):
         raise section.error("rope_scaling.factor", f"expected 1: {kind} has no scaled positions; got {factor!r}")
     return dict(
@@ -133,7 +134,7 @@ def _rope(section: Section, kind: str, default: GemmaConfig) -> dict[str, Any]:
     )
 
 
-def _agree(section: Section, key: str, old: Any, new: Any) -> Any:
+def agree(section: Section, key: str, old: Any, new: Any) -> Any:
     if old is not None and new is not None and old != new:
         raise section.error(key, f"{old!r} here, but {new!r} in rope_parameters; expected one value")
     return old if new is None else new
@@ -155,7 +156,7 @@ def _scaling(section: Section, *, theta: bool) -> tuple[Any, Any]:
     return base, factor if kind == "linear" else None
 
 
-def _pattern(section: Section, kind: str, layers: Any, default: str) -> str:
+def pattern(section: Section, kind: str, layers: Any, default: str) -> str:
     """`layer_pattern`: the generation's own pattern if it gives these layer types, else the shortest that does."""
     period = None
     for key in ("_sliding_window_pattern", "sliding_window_pattern"):
@@ -212,8 +213,8 @@ def read_text(section: Section, kind: str, upper: Section | None = None, *, pref
     default = _defaults(kind)
     fields: dict[str, Any] = {name: section.take(name, getattr(default, name)) for name in SIZES}
     fields |= dict(model_type=kind, use_post_norms=kind != "gemma", use_qk_norm=kind == "gemma3_text")
-    fields |= _ids(section, upper, default) | _rope(section, kind, default)
-    _activation(section, kind)
+    fields |= ids(section, upper, default) | rope(section, kind, default)
+    activation(section, kind)
     tie = section.flag("tie_word_embeddings", True)
     fields["tie_word_embeddings"] = tie if upper is None else upper.flag("tie_word_embeddings", tie)
     both_ways = section.flag("use_bidirectional_attention", False) and not prefix_lm
@@ -222,7 +223,7 @@ def read_text(section: Section, kind: str, upper: Section | None = None, *, pref
     if kind != "gemma":
         fields |= _gemma2_fields(section, kind, fields, default)
     own = section.section(OWN_KEY) if section.has(OWN_KEY) else None
-    fields |= _jax_facts(kind, fields) | ({} if own is None else _own_fields(own, fields))
+    fields |= _jax_facts(kind, fields) | ({} if own is None else own_fields(own, fields))
     return fields
 
 
@@ -239,11 +240,11 @@ def _gemma2_fields(section: Section, kind: str, fields: Mapping[str, Any], defau
         raise section.error("sliding_window_size", f"expected the value of sliding_window {window!r}, got {old_name!r}")
     if fields["use_bidirectional_attention"] and type(window) is int and window % 2:
         window = 2 * (window - 1)  # transformers halved the published value, W // 2 + 1, and saved the result
-    pattern = _pattern(section, kind, fields["num_hidden_layers"], default.layer_pattern)
-    return found | dict(layer_pattern=pattern, sliding_window=window if "L" in pattern else None)
+    letters = pattern(section, kind, fields["num_hidden_layers"], default.layer_pattern)
+    return found | dict(layer_pattern=letters, sliding_window=window if "L" in letters else None)
 
 
-def _own_fields(own: Section, fields: Mapping[str, Any]) -> dict[str, Any]:
+def own_fields(own: Section, fields: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: own.nullable(name, None) for name in OWN_FIELDS if own.present(name)}
     own.finish(())
     turned = found.get("transpose_gating_einsum", False)
@@ -297,7 +298,7 @@ def read_vision(section: Section, *, head: bool) -> SiglipVisionConfig:
     others = ("num_channels", "image_size", "layer_norm_eps", "attention_dropout", "num_image_tokens", "projection_dim")
     fields = {name: section.take(name) for name in (*sizes, *others) if section.has(name)}
     fields["vision_use_head"] = section.flag("vision_use_head", head)
-    _activation(section, "siglip_vision_model")
+    activation(section, "siglip_vision_model")
     config = build(section, SiglipVisionConfig, fields)
     section.finish(IGNORED)
     return config

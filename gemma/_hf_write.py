@@ -18,7 +18,7 @@ _CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-_COPIED = (
+COPIED = (
     *SIZES,
     "tie_word_embeddings",
     "pad_token_id",
@@ -37,7 +37,7 @@ def text_kind(config: GemmaConfig) -> str:
 
 def write_text(config: GemmaConfig, kind: str) -> dict[str, Any]:
     """The text section of any generation."""
-    values: dict[str, Any] = dict(model_type=kind) | {name: getattr(config, name) for name in _COPIED}
+    values: dict[str, Any] = dict(model_type=kind) | {name: getattr(config, name) for name in COPIED}
     values["rms_norm_eps"], values["attention_dropout"] = float(config.rms_norm_eps), float(config.attention_dropout)
     values["eos_token_id"] = (
         list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
@@ -49,6 +49,12 @@ def write_text(config: GemmaConfig, kind: str) -> dict[str, Any]:
     if kind != "gemma":
         values |= _gemma2_values(config, kind)
     return values
+
+
+def layer_types(config: GemmaConfig) -> list[str]:
+    """transformers' word for the kind of each layer."""
+    words = {"local": "sliding_attention", "global": "full_attention"}
+    return [words[spec.attention] for spec in config.layers]
 
 
 def _rope(config: GemmaConfig, kind: str) -> dict[str, Any]:
@@ -68,10 +74,9 @@ def _gemma2_values(config: GemmaConfig, kind: str) -> dict[str, Any]:
     scalar = config.head_dim if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar
     if float(scalar) != int(scalar):
         raise ConfigError(f"query_pre_attn_scalar: transformers stores a whole number, got {scalar!r}")
-    words = {"local": "sliding_attention", "global": "full_attention"}
     caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     values = {name: None if cap is None else float(cap) for name, cap in caps.items()}
-    values |= dict(query_pre_attn_scalar=int(scalar), layer_types=[words[s.attention] for s in config.layers])
+    values |= dict(query_pre_attn_scalar=int(scalar), layer_types=layer_types(config))
     # transformers builds the local mask even if no layer uses it, so it wants a number.
     window = config.sliding_window
     values["sliding_window"] = config.max_position_embeddings if window is None else window

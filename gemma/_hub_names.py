@@ -16,8 +16,8 @@ from gemma.errors import ConfigError, HubError
 OFFICIAL = "gs://gemma-data/checkpoints/"  # what the official JAX package puts before the names of its checkpoints
 _OWNER = "google"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_SIZED = re.compile(r"(?:(code|shield|med|translate|function)-?)?gemma-?([23]n?)?-(e?\d+[bm])(?:-(pt|it))?")
-_BARE = ("", "2", "3n")  # generations whose pretrained repositories have no suffix
+_SIZED = re.compile(r"(?:(code|shield|med|translate|function)-?)?gemma-?([234]n?)?-(e?\d+[bm](?:-a\d+b)?)(?:-(pt|it))?")
+_BARE = ("", "2", "3n", "4")  # generations whose pretrained repositories have no suffix
 _ONLY_TUNED = ("shield", "translate", "function")
 
 
@@ -52,7 +52,7 @@ def _is_size(found: re.Match[str]) -> bool:
 
 
 def _sized(maker: str, generation: str, size: str, kind: str) -> str:
-    size = size.upper() if generation == "3n" else size
+    size = size.upper() if generation in ("3n", "4") else size
     stem = f"{maker}gemma-{generation + '-' if generation else ''}{size}"
     if maker == "shield" and not generation:
         return stem
@@ -68,6 +68,8 @@ def _other(key: str) -> str | None:
         return None
     if found := re.fullmatch(r"paligemma(2?)_(\w+)_(\d+)", preset):
         return f"{_OWNER}/paligemma{found[1]}-{found[2]}-pt-{found[3]}"
+    if found := re.fullmatch(r"t5gemma2_(\w+)", preset):
+        return f"{_OWNER}/t5gemma-2-{found[1].replace('_', '-')}"
     if preset.startswith("t5gemma_"):
         return f"{_OWNER}/{preset.replace('_', '-')}-prefixlm"
     return f"{_OWNER}/{preset.replace('_', '-')}" if preset.startswith("embeddinggemma") else None

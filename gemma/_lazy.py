@@ -11,20 +11,29 @@ import sys
 from collections.abc import Mapping, Sequence
 
 
-def attach(package: str, names: Mapping[str, Sequence[str]], modules: Sequence[str] = ()):
+def attach(
+    package: str,
+    names: Mapping[str, Sequence[str]],
+    modules: Sequence[str] = (),
+    elsewhere: Mapping[str, str] | None = None,
+):
     """Returns `(__getattr__, __dir__, __all__)` for a package.
 
     Args:
       package: the package's `__name__`.
       names: file of the package (without `.py`) to the public names that it holds.
       modules: submodules that are public themselves.
+      elsewhere: public names of modules that are not submodules, to their full names.
     """
+    elsewhere = elsewhere or {}
     home = {name: file for file, held in names.items() for name in held}
-    public = sorted([*home, *modules])
+    public = sorted([*home, *modules, *elsewhere])
 
     def __getattr__(name: str):
         if name in modules:
             return importlib.import_module(f"{package}.{name}")
+        if name in elsewhere:
+            return importlib.import_module(elsewhere[name])
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has: {', '.join(public)}")
         value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)

@@ -114,14 +114,33 @@ class TensorReader:
         return plain and slot.shape == self._tensor.shape
 
     def packed(self) -> PackedTensor:
-        """The tensor in its stored type. UnsupportedError where the file's axes are not the canonical ones."""
+        """The tensor in its stored type. UnsupportedError where the file's axes are not the canonical ones.
+
+        INT8 and SFP8, whose values are one byte each, are brought into canonical axes.
+        """
         slot = self.slot
+        if not self._stored_as_is() and self.dtype in ("INT8", "SFP8"):
+            return self._rearranged(self._checkpoint.packed(slot.name))
         if not self._stored_as_is():
             raise UnsupportedError(
                 f"{self._checkpoint.path}: {slot.name} {slot.shape} is not stored as {self._tensor.axes!r} "
                 f"{self._tensor.shape}; read it as floats"
             )
         return self._checkpoint.packed(slot.name)
+
+    def _rearranged(self, whole: PackedTensor) -> PackedTensor:
+        """A tensor out of an array of one byte per value: the rows of a fused array, or other axes."""
+        slot, tensor, scale = self.slot, self._tensor, whole.scale
+        if len(tensor.shape) < 2 or slot.offset:
+            raise UnsupportedError(f"{self._checkpoint.path}: {slot.name} is packed, but not a matrix")
+        codes = weights.extract(whole.data.reshape(whole.shape), tensor, slot)
+        codes = weights.fit_rows(codes, tensor.shape[0]) if tensor.axes[0] == "V" else codes
+        if whole.type is QuantType.INT8:
+            if slot.index or (slot.axes != tensor.axes):
+                raise UnsupportedError(f"{self._checkpoint.path}: {slot.name}: its scales are not those of outputs")
+            scale = scale if slot.rows is None else scale[slice(*slot.rows)]
+            scale = np.concatenate([scale, np.ones(max(0, len(codes) - len(scale)), np.float32)])[: len(codes)]
+        return PackedTensor(whole.type, tensor.shape, np.ascontiguousarray(codes), np.ascontiguousarray(scale))
 
     def release(self) -> None:
         """Lets the mapped pages of the tensor leave memory once its values have been copied elsewhere."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma._hf_json import parse_object
-from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig
+from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5Gemma2Config, T5GemmaConfig
 from gemma.errors import CheckpointError, ConfigError, FormatError
 
 METADATA = "_METADATA"
@@ -28,7 +28,7 @@ ITEM = "default"
 SIDECAR = "gemma_config.json"
 _AGGREGATE = "checkpoint"  # what Orbax wrote before it had `_METADATA`
 _FORMAT, _VERSION, _LIMIT = "gemma-config", 1, 1 << 20
-_CLASSES = {c.__name__: c for c in (GemmaConfig, PaliGemmaConfig, T5GemmaConfig)}
+_CLASSES = {c.__name__: c for c in (GemmaConfig, PaliGemmaConfig, T5GemmaConfig, T5Gemma2Config)}
 
 
 def item_folder(path: str | os.PathLike[str]) -> Path | None:

@@ -13,9 +13,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
-from gemma.errors import ConfigError
+from gemma.errors import ConfigError, ShapeError
 from gemma.quants import QuantType
-from gemma.weights import Tensor
+from gemma.weights import Tensor, is_matrix
 
 _T = QuantType
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
@@ -25,11 +25,16 @@ _FALLBACK = {_T.Q2_K: _T.Q4_0, _T.Q3_K: _T.Q4_0, _T.Q4_K: _T.Q5_0, _T.Q5_K: _T.Q
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """One recipe: its name in lower case, `general.file_type` of its files, and the type of most matrices."""
+    """One recipe: its name in lower case, `general.file_type` of its files, and the type of most matrices.
+
+    `pure`: every matrix has that type, the embedding too, and a row that is not whole blocks is an error. Those of
+    INT4, INT8 and SFP8 are not for GGUF files: their `file_type` is -1.
+    """
 
     name: str
     file_type: int
     base: QuantType
+    pure: bool = False
 
 
 MIXES: dict[str, Mix] = {
@@ -56,17 +61,46 @@ MIXES: dict[str, Mix] = {
 }
 _ALIASES = {"q5_k": "q5_k_m", "q4_k": "q4_k_m", "q3_k": "q3_k_m", "float32": "f32", "float16": "f16"}
 _ALIASES |= {"bfloat16": "bf16"}
+# All matrices in one type. `q4_0_pure` is what quantization-aware training in Q4_0 trains; llama.cpp reads such files.
+PURE: dict[str, Mix] = {
+    "int4": Mix("int4", -1, _T.INT4, pure=True),
+    "int8": Mix("int8", -1, _T.INT8, pure=True),
+    "sfp8": Mix("sfp8", -1, _T.SFP8, pure=True),
+}
+_BLOCKS = ("q8_0", "q6_k", "q5_1", "q5_0", "q4_1", "q4_0", "q2_k")
+PURE |= {f"{name}_pure": Mix(f"{name}_pure", MIXES[name].file_type, MIXES[name].base, pure=True) for name in _BLOCKS}
 
 
 def mix(name: str) -> Mix:
     """The mix of a name in any case ("Q4_K_M", "q4_k"); an unknown one is a ConfigError that lists them."""
-    key = str(name).lower().replace("-", "_")
-    found = MIXES.get(_ALIASES.get(key, key))
-    if found is None:
-        near = difflib.get_close_matches(key, MIXES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"quantize: expected one of {', '.join(MIXES)}, got {str(name)[:80]!r}{hint}")
+    found = _recipes().get(_key(name))
+    if found is None or found.file_type < 0:
+        other = "" if found is None else f"; {found.name} is not a type of GGUF"
+        raise _unknown(name, [key for key, recipe in _recipes().items() if recipe.file_type >= 0], other)
     return found
+
+
+def recipe(name: str) -> Mix:
+    """As `mix`, and the recipes that are not for GGUF files: "int4", "int8", "sfp8"."""
+    found = _recipes().get(_key(name))
+    if found is None:
+        raise _unknown(name, list(_recipes()))
+    return found
+
+
+def _recipes() -> dict[str, Mix]:
+    return MIXES | PURE
+
+
+def _key(name: str) -> str:
+    key = str(name).lower().replace("-", "_")
+    return _ALIASES.get(key, key)
+
+
+def _unknown(name: str, known: list[str], hint: str = "") -> ConfigError:
+    near = difflib.get_close_matches(_key(name), known, n=1)
+    hint = hint or (f"; did you mean {near[0]}?" if near else "")
+    return ConfigError(f"quantize: expected one of {', '.join(known)}, got {str(name)[:80]!r}{hint}")
 
 
 def plan(tensors: Iterable[Tensor], name: str, *, importance: bool = False) -> dict[str, QuantType]:
@@ -79,8 +113,11 @@ def plan(tensors: Iterable[Tensor], name: str, *, importance: bool = False) -> d
 
     Returns:
       Canonical name to type, in the order of `tensors`.
+
+    Raises:
+      ShapeError: a pure recipe whose blocks do not divide the rows of a matrix, which is named.
     """
-    recipe, tensors = mix(name), tuple(tensors)
+    recipe, tensors = _recipes().get(_key(name)) or mix(name), tuple(tensors)
     untied = any(tensor.name == "head" for tensor in tensors)
     layers = 1 + max((int(m[1]) for m in (_LAYER.fullmatch(t.name) for t in tensors) if m), default=-1)
     queries = max((tensor.dims["N"] for tensor in tensors if tensor.name.endswith(".attn.q")), default=1)
@@ -90,10 +127,24 @@ def plan(tensors: Iterable[Tensor], name: str, *, importance: bool = False) -> d
             types[tensor.name] = _T.F32
         elif recipe.base.is_float:
             types[tensor.name] = recipe.base
+        elif recipe.pure:
+            types[tensor.name] = _whole(tensor, recipe)
         else:
             wanted = _wanted(tensor, recipe, layers, queries, untied, importance)
             types[tensor.name] = fitting(wanted, tensor.shape[-1])
     return types
+
+
+def _whole(tensor: Tensor, recipe: Mix) -> QuantType:
+    """The type of a pure recipe; what belongs to images stays in floats."""
+    if not is_matrix(tensor):
+        return _T.F32
+    if tensor.shape[-1] % recipe.base.block_size:
+        raise ShapeError(
+            f"{tensor.name}: its rows of {tensor.shape[-1]} values are not whole blocks of {recipe.base.block_size} "
+            f"({recipe.base.name}); use int8 or sfp8, or a mix such as q4_0 that falls back"
+        )
+    return recipe.base
 
 
 def fitting(type: QuantType, columns: int) -> QuantType:

@@ -7,6 +7,7 @@ tokenizer files are `_tokenizer_write.py`; `gemma.saving` has checked the argume
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma import hf_config
+from gemma import _hf_packed, hf_config
 from gemma._atomic import atomic_folder
 from gemma._tokenizer_write import write_hf_files
 from gemma.config import GemmaConfig, PaliGemmaConfig
+from gemma.embedding import write_modules
+from gemma.errors import ConfigError
 from gemma.formats import safetensors as st
 from gemma.saving import Job, SavedTensor, SaveReport, files_report
 
@@ -31,8 +34,16 @@ def write(job: Job) -> SaveReport:
     """Writes the folder; see `gemma.saving.save`."""
     values = hf_config.write_config(job.config)
     specs = [st.TensorSpec(name, job.stored_dtype(name), job.shape(name)) for name in job.arrays]
-    parts = st.shard(specs, job.max_shard_bytes)
-    values["dtype"] = max(specs, key=lambda spec: spec.nbytes).dtype.name
+    floats = max(specs, key=lambda spec: spec.nbytes).dtype.name
+    coded = None
+    beside = [spec for spec in specs if "/" in spec.name]  # the dense layers of an EmbeddingGemma: files of their own
+    if beside and job.quantize is not None:
+        raise ConfigError("quantize: an EmbeddingGemma with its dense layers is written in floats only")
+    if job.quantize is not None or job.imatrix is not None:
+        coded = _hf_packed.Writer(job)
+        specs, values["quantization_config"] = coded.specs(), coded.config()
+    parts = st.shard([spec for spec in specs if spec not in beside], job.max_shard_bytes)
+    values["dtype"] = floats
     files = [_file_name(number, len(parts)) for number in range(len(parts))]
     metadata = {**job.metadata, **_METADATA}
     for part in parts:
@@ -49,12 +60,32 @@ def write(job: Job) -> SaveReport:
             (folder / st.INDEX_NAME).write_text(st.index_text(parts, files))
         for file, part in zip(files, parts, strict=True):
             with open(folder / file, "wb") as out:
-                st.stream_safetensors(out, part, lambda spec: _read(job, spec), metadata)
-    tensors = [SavedTensor(spec.name, titles[spec.dtype], spec.shape, spec.nbytes) for spec in specs]
-    return files_report(job, "safetensors", sorted(job.path.iterdir()), tensors)
+                st.stream_safetensors(out, part, lambda spec: _read(job, spec, coded), metadata)
+        if getattr(job.config, "embedding_dense", ()):
+            _write_modules(job, folder, beside, metadata)
+    plain = {spec.name: SavedTensor(spec.name, titles[spec.dtype], spec.shape, spec.nbytes) for spec in specs}
+    quantized = {} if coded is None else coded.saved
+    tensors = [quantized.get(name) or plain[name] for name in job.arrays]
+    return files_report(job, "safetensors", sorted(p for p in job.path.rglob("*") if p.is_file()), tensors)
 
 
-def _read(job: Job, spec: st.TensorSpec) -> Iterator[np.ndarray]:
+def _write_modules(job: Job, folder: Path, specs: list[st.TensorSpec], metadata: dict[str, str]) -> None:
+    """What follows the encoder, as sentence-transformers expects it."""
+    for name, text in write_modules(job.config).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    for spec in specs:
+        place, _, name = spec.name.rpartition("/")
+        inner = dataclasses.replace(spec, name=name)
+        with open(folder / place / "model.safetensors", "wb") as out:
+            st.stream_safetensors(out, [inner], lambda _, spec=spec: _read(job, spec, None), metadata)
+
+
+def _read(job: Job, spec: st.TensorSpec, coded: _hf_packed.Writer | None) -> Iterator[np.ndarray]:
+    codes = None if coded is None else coded.read(spec)
+    if codes is not None:
+        yield from codes
+        return
     yield from job.runs(spec.name, spec.dtype)
     job.advance(spec.name, spec.nbytes)
 

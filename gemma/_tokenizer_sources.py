@@ -24,7 +24,8 @@ from gemma._special_tokens import find_special, hide_special, mark_unknown, spec
 from gemma.errors import CheckpointNotFound, TokenizerError
 
 if TYPE_CHECKING:
-    from gemma.checkpoint import TokenizerSource
+    from gemma.checkpoint import Checkpoint, TokenizerSource
+    from gemma.formats.gguf import Gguf
 
 MAX_MODEL = 1 << 25  # bytes of a .model file; Gemma 3's has 4.7 MB
 MAX_GGUF_HEADER = 1 << 28  # bytes that are hashed to find a vocabulary in the cache; more are only read
@@ -119,16 +120,32 @@ def _from_model(data: bytes, path: Path) -> Engine:
 
 
 def _from_gguf_file(source) -> Engine:
-    """A GGUF's header is hashed as it stands: where the cache knows it, 262,144 pieces need not be decoded."""
     from gemma.checkpoint import open_checkpoint
     from gemma.formats.gguf import Gguf
 
-    header = Gguf(source)
+    def read() -> TokenizerSource | None:
+        with open_checkpoint(source.path) as checkpoint:
+            return checkpoint.tokenizer_source()
+
+    return _from_gguf(Gguf(source), read)
+
+
+def checkpoint_engine(checkpoint: Checkpoint) -> Engine | None:
+    """The engine of an open checkpoint, whose header is not parsed again; None where it carries no tokenizer."""
+    gguf = getattr(checkpoint, "gguf", None)
+    if gguf is None:
+        source = checkpoint.tokenizer_source()
+        return None if source is None else source_engine(source)
+    return _from_gguf(gguf, checkpoint.tokenizer_source) if "tokenizer.ggml.model" in gguf.values else None
+
+
+def _from_gguf(header: Gguf, read_source: Callable[[], TokenizerSource | None]) -> Engine:
+    """A GGUF's header is hashed as it stands: where the cache knows it, 262,144 pieces need not be decoded."""
+    source = header.source
     end = min((tensor.offset for tensor in header.tensors.values()), default=source.size)
 
     def read() -> Vocabulary:
-        with open_checkpoint(source.path) as checkpoint:
-            found = checkpoint.tokenizer_source()
+        found = read_source()
         if found is None:
             raise TokenizerError(f"{source.path}: this GGUF file carries no tokenizer; pass a tokenizer file")
         return gguf_vocabulary(found)

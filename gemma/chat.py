@@ -109,7 +109,7 @@ def format_for(source: Tokenizer | GemmaConfig | PaliGemmaConfig | T5GemmaConfig
       TokenizerError, ConfigError: the model has no chat format.
     """
     if isinstance(source, T5GemmaConfig):
-        return GEMMA2
+        return GEMMA3 if source.decoder.use_qk_norm else GEMMA2
     if isinstance(source, PaliGemmaConfig):
         raise ConfigError("PaliGemma has no chat format: it takes a task prefix such as 'caption en'")
     if isinstance(source, GemmaConfig):

@@ -339,7 +339,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> Check
             return _opened(path, st.open_shards(path, mmap=mmap))
         if head[8:] != b"{" and source.path.suffix != ".safetensors":
             raise FormatError(source.path, 0, f"expected a {KINDS} file, got the bytes {head!r}")
-        return HfCheckpoint(path, [st.Safetensors(source)])
+        return _opened(path, [st.Safetensors(source)])
     except BaseException:
         source.close()
         raise
@@ -370,6 +370,14 @@ def _torch_shards(path: Path, index: Path, mmap: bool) -> Checkpoint:
 
 
 def _opened(path: Path, shards: list[st.Safetensors]) -> HfCheckpoint:
+    if path.is_dir() and (path / "modules.json").is_file():
+        from gemma._checkpoint_kinds import EmbeddingCheckpoint
+
+        return EmbeddingCheckpoint(path, shards)
+    if any(name.endswith(".weight_scale") for shard in shards for name in shard.tensors):
+        from gemma._hf_packed import PackedHfCheckpoint
+
+        return PackedHfCheckpoint(path, shards)
     return HfCheckpoint(path, shards)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only place where a size of the Gemma family is written down. Standard library only.
 
-Holds the configuration classes, the presets and the per-layer spec that every network, cache, exporter and estimator
-consumes. It does not read `config.json` (that is `hf_config.py`) and knows no tensor names (that is `weights/`).
+Holds the configuration classes and the presets; the decoder's class and the per-layer spec that every network, cache,
+exporter and estimator consumes are stated in `_config_gemma.py`, and this is where to import them from. It does not
+read `config.json` (that is `hf_config.py`) and knows no tensor names (that is `weights/`).
 
 `hidden_size` is the model width D and `intermediate_size` the MLP width F, as in every `config.json`; the JAX API's
 `hidden_dim` is F. Axis letters are those of docs/axes.md. Sources of the numbers: the published `config.json` files.
@@ -12,210 +13,38 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from gemma._validate import check_int, check_number, from_mapping
+from gemma._config_gemma import (
+    AltUpConfig,
+    ExpertsConfig,
+    GemmaConfig,
+    LayerSpec,
+    SiglipVisionConfig,
+)
+from gemma._config_t5gemma import T5Gemma2Config, T5GemmaConfig, encoder_layers
+from gemma._validate import check_int, from_mapping
 from gemma.errors import ConfigError
 
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """What one layer does, derived once from a configuration; nothing else decides it a second time."""
-
-    index: int
-    attention: Literal["local", "global"]
-    window: int | None  # keys a query may see, itself included; None: all of them
-    bidirectional: bool  # True: the future too, and local layers see |q - k| < window // 2 + 1
-    num_heads: int  # N
-    num_kv_heads: int  # K
-    head_dim: int  # H
-    mlp_size: int  # F
-    rope_base: float
-    rope_scale: float  # positions are divided by it
-    rope_fraction: float  # share of the head's pairs that rotate
-    query_scale: float  # queries are multiplied by it
-    attn_softcap: float | None
-    qk_norm: bool
-    kv_source: int  # the layer whose K and V are attended to; its own index unless layers share them
-
-    def cache_length(self, length: int) -> int:
-        """Cache slots needed for `length` tokens: a local layer keeps a ring of its window."""
-        return length if self.window is None or self.bidirectional else min(length, self.window)
-
-
-@dataclasses.dataclass(frozen=True)
-class SiglipVisionConfig:
-    """A SigLIP vision tower; the defaults are So400m/14 at 224 pixels, without a pooling head."""
-
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    image_size: int = 224  # pixels, square
-    patch_size: int = 14  # pixels, square
-    layer_norm_eps: float = 1e-6
-    attention_dropout: float = 0.0
-    num_image_tokens: int | None = None  # None: the number of patches
-    projection_dim: int | None = None  # PaliGemma's files keep the text width here
-    vision_use_head: bool = False  # True: stand-alone SigLIP with its attention pooling head
-
-    def __post_init__(self):
-        check_int(self, 1, 2**20, "hidden_size", "intermediate_size", "num_attention_heads", "num_image_tokens")
-        check_int(self, 1, 2**20, "num_channels", "image_size", "patch_size", "projection_dim")
-        check_int(self, 1, 1024, "num_hidden_layers")
-        check_number(self, 1e-12, 1.0, "layer_norm_eps")
-        check_number(self, 0.0, 1.0, "attention_dropout")
-        if self.image_size % self.patch_size:
-            raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SiglipVisionConfig:
-        return from_mapping(cls, values)
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def num_parameters(self) -> int:
-        d, f = self.hidden_size, self.intermediate_size
-        block = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d
-        patches = self.num_channels * self.patch_size**2 * d + d
-        head = (block - 2 * d + d) if self.vision_use_head else 0  # a probe, one attention, one norm, one MLP
-        return patches + self.num_patches * d + self.num_hidden_layers * block + 2 * d + head
-
-
-@dataclasses.dataclass(frozen=True)
-class GemmaConfig:
-    """A Gemma decoder, of any generation; the defaults are those of Gemma 1.
-
-    `layer_pattern` is repeated to `num_hidden_layers`: "L" is local (sliding window), "G" global attention.
-    `vision` makes it multimodal in the manner of Gemma 3.
-    """
-
-    vocab_size: int = 256_000  # V, rows of the embedding in the published Hugging Face checkpoint
-    hidden_size: int = 3072  # D, the model width
-    intermediate_size: int = 24_576  # F, the MLP width
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 16  # N
-    num_key_value_heads: int = 16  # K
-    head_dim: int = 256  # H
-    max_position_embeddings: int = 8192
-    rms_norm_eps: float = 1e-6
-    model_type: str = "gemma"  # config.json's tag; names the generation, decides nothing
-    layer_pattern: str = "G"
-    sliding_window: int | None = None  # keys a local query may see, itself included
-    rope_theta: float = 10_000.0  # base of global layers
-    rope_local_base_freq: float | None = None  # base of local layers; None: rope_theta
-    rope_scaling_factor: float = 1.0  # divides the positions of global layers
-    query_pre_attn_scalar: float | None = None  # queries are scaled by its -0.5 power; None: head_dim
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
-    use_post_norms: bool = False  # norms after attention and after the MLP
-    use_qk_norm: bool = False
-    use_bidirectional_attention: bool = False
-    attention_bias: bool = False
-    attention_dropout: float = 0.0
-    hidden_activation: str = "gelu_pytorch_tanh"
-    tie_word_embeddings: bool = True
-    pad_token_id: int = 0
-    bos_token_id: int = 2
-    eos_token_id: int | tuple[int, ...] = 1
-    flax_vocab_rows: int | None = None  # rows of the JAX package's table, where they differ
-    transpose_gating_einsum: bool = False  # the JAX gate/up kernel is [2, F, D] instead of [2, D, F]
-    vision: SiglipVisionConfig | None = None
-    mm_tokens_per_image: int = 256
-    image_token_index: int = 262_144
-    boi_token_index: int = 255_999
-    eoi_token_index: int = 256_000
-
-    def __post_init__(self):
-        check_int(self, 1, 2**24, "vocab_size", "hidden_size", "intermediate_size", "flax_vocab_rows")
-        check_int(self, 1, 4096, "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-        check_int(self, 1, 2**27, "max_position_embeddings", "sliding_window")
-        check_int(self, 0, 2**24, "pad_token_id", "bos_token_id", "image_token_index", "mm_tokens_per_image")
-        check_int(self, 0, 2**24, "boi_token_index", "eoi_token_index")
-        check_number(self, 1.0, 1e12, "rope_theta", "rope_local_base_freq", "rope_scaling_factor")
-        check_number(self, 1e-12, 1.0, "rms_norm_eps")
-        check_number(self, 1e-6, 1e6, "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"{self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
-            raise ConfigError(f"num_attention_heads {heads}")
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim: expected an even number (rotary pairs), got {self.head_dim}")
-        if not self.layer_pattern or set(self.layer_pattern) - {"L", "G"}:
-            raise ConfigError(f'layer_pattern: expected letters L and G, such as "LLLLLG", got {self.layer_pattern!r}')
-        if "L" in self.layer_pattern and self.sliding_window is None:
-            raise ConfigError("layer_pattern has local layers (L): sliding_window must be set")
-        fixed = dict(attention_bias=False, attention_dropout=0.0, hidden_activation="gelu_pytorch_tanh")
-        for name, only in fixed.items():
-            if getattr(self, name) != only:
-                raise ConfigError(f"{name}: every Gemma has {only!r}, got {getattr(self, name)!r}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GemmaConfig:
-        return from_mapping(cls, values)
-
-    @property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """`eos_token_id` as a tuple; the chat format adds its end-of-turn ids (`chat.py`)."""
-        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-
-    @property
-    def table_rows(self) -> int:
-        """Rows of the embedding table in the JAX package's checkpoints."""
-        return self.vocab_size if self.flax_vocab_rows is None else self.flax_vocab_rows
-
-    @property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        pattern = self.layer_pattern * (self.num_hidden_layers // len(self.layer_pattern) + 1)
-        return tuple(self._layer(i, pattern[i] == "L") for i in range(self.num_hidden_layers))
-
-    def _layer(self, index: int, local: bool) -> LayerSpec:
-        scalar = self.head_dim if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar
-        local_base = self.rope_theta if self.rope_local_base_freq is None else self.rope_local_base_freq
-        return LayerSpec(
-            index=index,
-            attention="local" if local else "global",
-            window=self.sliding_window if local else None,
-            bidirectional=self.use_bidirectional_attention,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            mlp_size=self.intermediate_size,
-            rope_base=local_base if local else self.rope_theta,
-            rope_scale=1.0 if local else self.rope_scaling_factor,
-            rope_fraction=1.0,
-            query_scale=float(scalar) ** -0.5,
-            attn_softcap=self.attn_logit_softcapping,
-            qk_norm=self.use_qk_norm,
-            kv_source=index,
-        )
-
-    def cache_bytes(self, length: int, bytes_per_value: int = 2) -> int:
-        """Bytes of one sequence's windowed K and V cache for `length` tokens, exactly."""
-        own = (s for s in self.layers if s.kv_source == s.index)
-        return sum(s.cache_length(length) * 2 * s.num_kv_heads * s.head_dim for s in own) * bytes_per_value
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the published Hugging Face checkpoint, a tied head counted once."""
-        d = self.hidden_size
-        total = self.vocab_size * d * (1 if self.tie_word_embeddings else 2) + d
-        for s in self.layers:
-            total += 2 * d * s.num_heads * s.head_dim + 2 * d * s.num_kv_heads * s.head_dim + 3 * d * s.mlp_size
-            total += d * (4 if self.use_post_norms else 2) + (2 * s.head_dim if s.qk_norm else 0)
-        if self.vision is not None:
-            total += self.vision.num_parameters + self.vision.hidden_size * (
-                1 + d
-            )  # tower, soft-token norm, projection
-        return total
+__all__ = [
+    "ALIASES",
+    "EMBEDDING_DENSE",
+    "PRESETS",
+    "AltUpConfig",
+    "ExpertsConfig",
+    "GemmaConfig",
+    "LayerSpec",
+    "PaliGemmaConfig",
+    "SiglipVisionConfig",
+    "T5Gemma2Config",
+    "T5GemmaConfig",
+    "encoder_layers",
+    "preset",
+    "preset_name",
+    "text_only",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,37 +79,6 @@ class PaliGemmaConfig:
         return self.text_config.num_parameters + self.vision_config.num_parameters + projector
 
 
-@dataclasses.dataclass(frozen=True)
-class T5GemmaConfig:
-    """An encoder and a decoder of Gemma blocks; decoder layers add cross-attention over the encoder's width."""
-
-    encoder: GemmaConfig
-    decoder: GemmaConfig
-    pad_token_id: int = 0
-
-    def __post_init__(self):
-        for side in ("encoder", "decoder"):
-            if isinstance(getattr(self, side), Mapping):
-                object.__setattr__(self, side, GemmaConfig.from_dict(getattr(self, side)))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> T5GemmaConfig:
-        return from_mapping(cls, values)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.decoder.vocab_size
-
-    @property
-    def num_parameters(self) -> int:
-        d, width = self.decoder.hidden_size, self.encoder.hidden_size
-        cross = sum(
-            2 * d * s.num_heads * s.head_dim + 2 * width * s.num_kv_heads * s.head_dim + 2 * d
-            for s in self.decoder.layers
-        )
-        return self.encoder.num_parameters + self.decoder.num_parameters + cross
-
-
 # A family is a base and what differs. Widths in the order L (layers), D, F, N, K, H.
 
 
@@ -309,6 +107,36 @@ _GEMMA3_VISION = _GEMMA3 | dict(
     max_position_embeddings=131_072,
     vision=SiglipVisionConfig(image_size=896),
 )
+# Norms multiply by w itself, queries are not scaled, values are normed, too.
+_NEWER = _GEMMA3 | dict(norm_plus_one=False, query_pre_attn_scalar=1.0, use_value_norm=True)
+_PLE = dict(hidden_size_per_layer_input=256, vocab_size_per_layer_input=262_144)
+_GEMMA4 = _NEWER | dict(
+    model_type="gemma4_text",
+    max_position_embeddings=131_072,
+    final_logit_softcapping=30.0,
+    global_head_dim=512,
+    partial_rotary_factor=0.25,
+    use_layer_scale=True,
+)
+_GEMMA4_LARGE = _GEMMA4 | dict(sliding_window=1024, max_position_embeddings=262_144, attention_k_eq_v=True)
+
+
+def _gemma3n(layers: int, width: int, shared: int) -> GemmaConfig:
+    streams = dict(
+        altup=AltUpConfig(), laurel_rank=64, activation_sparsity_pattern=(0.95,) * 10 + (0.0,) * (layers - 10)
+    )
+    base = _NEWER | dict(model_type="gemma3n_text", vocab_size=262_400, flax_vocab_rows=262_144, layer_pattern="LLLLG")
+    base |= _PLE | streams | dict(num_kv_shared_layers=shared, final_logit_softcapping=30.0)
+    return GemmaConfig(**base, **_sizes(layers, 2048, width, 8, 2, 256))
+
+
+def _gemma4_e(pattern: str, shared: int, doubled: bool = False, **sizes: int) -> GemmaConfig:
+    layers, width = sizes["num_hidden_layers"], sizes["intermediate_size"]
+    widths = (width,) * (layers - shared) + (2 * width,) * shared if doubled else None
+    shape = dict(layer_pattern=pattern, num_kv_shared_layers=shared, mlp_sizes=widths)
+    return GemmaConfig(**_GEMMA4 | _PLE | shape, **sizes)
+
+
 _2B, _7B = _sizes(18, 2048, 16_384, 8, 1, 256), _sizes(28, 3072, 24_576, 16, 16, 256)
 _2_2B = _sizes(26, 2304, 9216, 8, 4, 256)
 _2_9B = _sizes(42, 3584, 14_336, 16, 8, 256) | dict(transpose_gating_einsum=True)
@@ -329,7 +157,20 @@ _TEXT = {
         **_GEMMA3 | dict(max_position_embeddings=2048, use_bidirectional_attention=True),
         **_sizes(24, 768, 1152, 3, 1, 256),
     ),
+    "gemma3n_e2b": _gemma3n(30, 8192, shared=10),
+    "gemma3n_e4b": _gemma3n(35, 16_384, shared=15),
+    "gemma4_e2b": _gemma4_e("LLLLG", 20, **_sizes(35, 1536, 6144, 8, 1, 256), doubled=True),
+    "gemma4_e4b": _gemma4_e("LLLLLG", 18, **_sizes(42, 2560, 10_240, 8, 2, 256)),
+    "gemma4_31b": GemmaConfig(**_GEMMA4_LARGE, **_sizes(60, 5376, 21_504, 32, 16, 256), num_global_key_value_heads=4),
+    "gemma4_26b_a4b": GemmaConfig(
+        **_GEMMA4_LARGE,
+        **_sizes(30, 2816, 2112, 16, 8, 256),
+        num_global_key_value_heads=2,
+        experts=ExpertsConfig(num_experts=128, top_k=8, intermediate_size=704),
+    ),
 }
+# The dense layers that follow the pooling of EmbeddingGemma, by their output widths.
+EMBEDDING_DENSE = (3072, 768)
 
 
 def _paligemma(text: dict[str, Any], pixels: int) -> PaliGemmaConfig:
@@ -361,10 +202,21 @@ def _t5gemma(encoder: str, decoder: str) -> T5GemmaConfig:
     return T5GemmaConfig(*(GemmaConfig(**base | _T5_SIDES[side]) for side in (encoder, decoder)))
 
 
-PRESETS: dict[str, GemmaConfig | PaliGemmaConfig | T5GemmaConfig] = {
+def _t5gemma2(size: str) -> T5Gemma2Config:
+    decoder = dataclasses.replace(_TEXT[f"gemma3_{size}"], vision=None, model_type="t5gemma2", **_T5_2)
+    rows = dict(eoi_token_index=256_000, image_token_index=256_001)
+    return T5Gemma2Config(dataclasses.replace(decoder, vision=SiglipVisionConfig(image_size=896), **rows), decoder)
+
+
+_T5_2 = dict(vocab_size=262_144, flax_vocab_rows=None, max_position_embeddings=131_072)
+_T5_2_SIZES = ("270m", "1b", "4b")
+
+
+PRESETS: dict[str, GemmaConfig | PaliGemmaConfig | T5GemmaConfig | T5Gemma2Config] = {
     **_TEXT,
     **{f"{name}_{px}": _paligemma(text, px) for name, text in _PALIGEMMA.items() for px in (224, 448, 896)},
     **{f"t5gemma_{pair}": _t5gemma(*pair.split("_")) for pair in _T5_PAIRS},
+    **{f"t5gemma2_{size}_{size}": _t5gemma2(size) for size in _T5_2_SIZES},
 }
 
 # Published fine-tunes that are one of the presets in every size.
@@ -381,7 +233,7 @@ ALIASES: dict[str, str] = {
 def preset_name(name: str) -> str:
     """The preset that a name or alias stands for; dashes, dots and case do not matter ("Gemma-3-1B" is "gemma3_1b")."""
     key = name.strip().lower().replace("-", "_").replace(".", "_")
-    for spelled in (key, key.replace("gemma_2_", "gemma2_").replace("gemma_3_", "gemma3_")):
+    for spelled in (key, re.sub(r"^gemma_(\d)n?_", lambda m: m[0].replace("_", "", 1), key)):
         spelled = ALIASES.get(spelled, spelled)
         if spelled in PRESETS:
             return spelled
@@ -390,7 +242,7 @@ def preset_name(name: str) -> str:
     raise ConfigError(f"unknown model size {name!r}: {hint}")
 
 
-def preset(name: str) -> GemmaConfig | PaliGemmaConfig | T5GemmaConfig:
+def preset(name: str) -> GemmaConfig | PaliGemmaConfig | T5GemmaConfig | T5Gemma2Config:
     """The configuration of a preset or alias."""
     return PRESETS[preset_name(name)]
 

@@ -16,10 +16,12 @@ and nothing in this module is raised for a defect of gemmakit itself (those stay
     ├── TokenizerError         (ValueError)         a vocabulary or an id is wrong
     ├── PromptError            (ValueError)         a prompt, a turn or an image cannot be used
     ├── ContextFull            (ValueError)         more tokens than the context holds
+    ├── QueueFull              (RuntimeError)       an engine has no room for another request
     ├── SamplingError          (ValueError)         a sampling parameter is out of range
     ├── ShapeError             (ValueError)         an array has the wrong shape or dtype
     ├── ToolError              (ValueError)         a tool was called wrongly, or could not do what it was asked
     ├── HubError               (OSError)            a model could not be found or fetched
+    ├── KernelError            (RuntimeError)       native code cannot be built, loaded or run
     └── DependencyError        (ImportError)        an optional package is missing
 """
 
@@ -140,6 +142,20 @@ class ContextFull(GemmaError, ValueError):
         return type(self), (self.used, self.limit, self.what)
 
 
+class QueueFull(GemmaError, RuntimeError):
+    """An engine's queue has no room for another request. `waiting` and `limit` are counts of requests."""
+
+    def __init__(self, waiting: int, limit: int):
+        self.waiting, self.limit = waiting, limit
+        super().__init__(
+            f"{waiting} requests wait for a slot already, and {limit} may: try again when some have ended, or raise "
+            f"the queue's limit"
+        )
+
+    def __reduce__(self):
+        return type(self), (self.waiting, self.limit)
+
+
 class SamplingError(GemmaError, ValueError):
     """A sampling parameter is out of range."""
 
@@ -154,6 +170,10 @@ class ToolError(GemmaError, ValueError):
 
 class HubError(GemmaError, OSError):
     """A model could not be found locally or fetched; the message says what to set, click or install."""
+
+
+class KernelError(GemmaError, RuntimeError):
+    """The native kernels cannot be built, loaded or run; the message says what else works or what to do."""
 
 
 class DependencyError(GemmaError, ImportError):

@@ -3,7 +3,7 @@
 (`rope_parameters`); every key is accounted for, and an unknown one is refused.
 
 The sizes themselves are in `config.py`; the metadata of a GGUF is read by `formats/gguf_config.py`; no weights here.
-The parts are `_hf_json.py` (bounded parsing), `_hf_read.py` and `_hf_write.py`.
+The parts are `_hf_json.py` (bounded parsing), `_hf_read.py` and `_hf_write.py`, and `_hf_newer.py` for Gemma 3n and 4.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from gemma import _hf_newer as newer
 from gemma import _hf_write as write
 from gemma._hf_json import Section, read_object
-from gemma._hf_read import IGNORED, OWN_FIELDS, READERS, read_paligemma
-from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig
+from gemma._hf_read import IGNORED, OWN_FIELDS, read_paligemma
+from gemma._hf_read import READERS as CLASSIC
+from gemma._hf_t5gemma2 import read_t5gemma2, write_t5gemma2
+from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5Gemma2Config, T5GemmaConfig
 from gemma.errors import ConfigError
 
+READERS = CLASSIC | newer.READERS
 AnyConfig = GemmaConfig | PaliGemmaConfig | T5GemmaConfig | SiglipVisionConfig
 
 
@@ -31,9 +35,10 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], *, paligemma
         default drops it; transformers applies it (4096 tokens) on every second layer.
 
     Returns:
-      A GemmaConfig (text models, Gemma 3 with images, EmbeddingGemma), PaliGemmaConfig, T5GemmaConfig, or
-      SiglipVisionConfig for a stand-alone tower. EmbeddingGemma's `sliding_window` is the published 512, also from a
-      file in which transformers left its own 257. A query scalar equal to `head_dim` reads as None.
+      A GemmaConfig (text models, Gemma 3 with images, EmbeddingGemma, the decoder of a Gemma 3n or 4),
+      PaliGemmaConfig, T5GemmaConfig, or SiglipVisionConfig for a stand-alone tower. EmbeddingGemma's `sliding_window` is
+      the published 512, also from a file in which transformers left its own 257. A query scalar equal to `head_dim`
+      reads as None.
 
     Raises:
       ConfigError: a key is unknown, or a value missing, of the wrong type or out of range.
@@ -48,10 +53,12 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], *, paligemma
     kind = top.take("model_type")
     if kind == "paligemma":
         config: AnyConfig = read_paligemma(top, paligemma_window)
+    elif kind == "t5gemma2":
+        config = read_t5gemma2(top)
     elif isinstance(kind, str) and kind in READERS:
         config = READERS[kind](top, kind)
     else:
-        known = ", ".join([*READERS, "paligemma"])
+        known = ", ".join([*READERS, "paligemma", "t5gemma2"])
         raise top.error("model_type", f"expected one of {known}, got {str(kind)[:80]!r}")
     top.finish(IGNORED)
     return config
@@ -68,9 +75,10 @@ def write_config(config: AnyConfig) -> dict[str, Any]:
       ConfigError: no class of transformers can express the configuration.
     """
     writers = {
-        GemmaConfig: write.write_gemma,
+        GemmaConfig: lambda config: write.write_gemma(config) if config.is_classic else newer.write_newer(config),
         PaliGemmaConfig: write.write_paligemma,
         T5GemmaConfig: write.write_t5gemma,
+        T5Gemma2Config: write_t5gemma2,
         SiglipVisionConfig: write.write_vision,
     }
     if type(config) not in writers:
@@ -82,6 +90,7 @@ def write_config(config: AnyConfig) -> dict[str, Any]:
             mine, theirs = getattr(mine, name), getattr(theirs, name)
         for name in names or (("text_config",) if "text_config" in values else ()):
             section = section[name]
+        section = section.get("text_config", section) if names == ("encoder",) else section
         if mine.layers != theirs.layers:  # our own key may not carry what others would compute without
             raise _inexpressible(".".join(names), _differences(mine, theirs))
         differ = {f for f in OWN_FIELDS if getattr(mine, f) != getattr(theirs, f)}
@@ -102,6 +111,7 @@ _DECODERS: dict[type, tuple[tuple[str, ...], ...]] = {
     GemmaConfig: ((),),
     PaliGemmaConfig: (("text_config",),),
     T5GemmaConfig: (("encoder",), ("decoder",)),
+    T5Gemma2Config: (("encoder",), ("decoder",)),
 }
 
 

@@ -24,7 +24,7 @@ from gemma._torch.attention import attend
 from gemma._torch.linear import GemmaLinear, drop_tied_copy, linear
 from gemma._torch.masks import check_activations, check_inputs, layer_masks
 from gemma.config import GemmaConfig
-from gemma.errors import ShapeError
+from gemma.errors import ShapeError, UnsupportedError
 
 __all__ = ["GemmaAttention", "GemmaConfig", "GemmaDecoderLayer", "GemmaEmbedding", "GemmaForCausalLM", "GemmaLinear"]
 __all__ += ["GemmaMLP", "GemmaModel", "GemmaRMSNorm", "GemmaRotaryEmbedding", "KVCache", "attend", "rotate"]
@@ -217,6 +217,8 @@ class GemmaModel(nn.Module):
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
+        if not config.is_classic:
+            raise UnsupportedError("the PyTorch models are Gemma 1 to 3; Gemma 3n and 4 run in JAX: gm.nn.Transformer")
         self.config = config
         self.embed_tokens = GemmaEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -279,18 +281,23 @@ class GemmaForCausalLM(nn.Module):
             self.lm_head = GemmaLinear(config.hidden_size, config.vocab_size)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device="cpu"):
-        """Reads a checkpoint: a folder, a safetensors or GGUF file, or `demo`; see `gemma/_torch/load.py`."""
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device="cpu", quantize=None
+    ):
+        """Reads a checkpoint: a folder, a safetensors or GGUF file, or `demo`; see `gemma/_torch/load.py`.
+
+        With `quantize`, matrices are packed and run so, on a CPU: "keep" as the file holds them, "Q8_0", "Q4_0", ...
+        """
         from gemma._torch.load import text_from_pretrained
 
-        return text_from_pretrained(cls, path, dtype=dtype, device=device)
+        return text_from_pretrained(cls, path, dtype=dtype, device=device, quantize=quantize)
 
     def get_input_embeddings(self) -> GemmaEmbedding:
         return self.model.embed_tokens
 
     @property
     def head_weight(self) -> Tensor:
-        """The weight [V, D] of the head."""
+        """The weight [V, D] of the head: a tensor, or a `gemma._torch.packed.PackedWeight`."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -25,11 +25,11 @@ import numpy as np
 
 from gemma._sentencepiece_proto import BYTE, BYTE_PIECE, SPACE
 from gemma._special_tokens import SpecialTokens, SpellingFinder, find_special, version_of
-from gemma._tokenizer_sources import Engine, open_engine, source_engine
+from gemma._tokenizer_sources import Engine, checkpoint_engine, open_engine, source_engine
 from gemma.errors import TokenizerError
 
 if TYPE_CHECKING:
-    from gemma.checkpoint import TokenizerSource
+    from gemma.checkpoint import Checkpoint, TokenizerSource
 
 __all__ = ["SpecialTokens", "StreamDecoder", "Tokenizer"]
 
@@ -72,6 +72,14 @@ class Tokenizer:
     def from_source(cls, source: TokenizerSource) -> Tokenizer:
         """Makes the tokenizer that a checkpoint carries: `open_checkpoint(path).tokenizer_source()`."""
         return cls(source_engine(source), "tokenizer" if source.path is None else os.fspath(source.path))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer | None:
+        """The tokenizer of an open checkpoint, None where it carries none: quicker than `from_source`, as a vocabulary
+        that was seen before is not decoded again.
+        """
+        engine = checkpoint_engine(checkpoint)
+        return None if engine is None else cls(engine, os.fspath(checkpoint.path))
 
     def __repr__(self) -> str:
         return f"Tokenizer({self._name!r}, vocab_size={self.vocab_size}, version={self.version})"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gemma.config import ALIASES, PRESETS, GemmaConfig, PaliGemmaConfig, T5GemmaConfig
 from gemma.weights import _rows as rows
+from gemma.weights import _rows_newer as newer_rows
 from gemma.weights import _rows_vision as vision_rows
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -40,11 +41,28 @@ def _extras(config: GemmaConfig) -> str:
     said = ["4 norms" if config.use_post_norms else "2 norms"]
     said += ["q/k norm"] if config.use_qk_norm else []
     caps = config.attn_logit_softcapping, config.final_logit_softcapping
-    said += [f"caps {caps[0]:g}/{caps[1]:g}"] if all(caps) else []
+    said += [f"caps {caps[0]:g}/{caps[1]:g}"] if all(caps) else [f"final cap {caps[1]:g}"] if caps[1] else []
     said += [f"query scale {config.query_pre_attn_scalar:g}^-0.5"] if config.query_pre_attn_scalar else []
     said += [f"positions / {config.rope_scaling_factor:g} on global layers"] if config.rope_scaling_factor != 1 else []
+    said += _newer(config)
     bases = {f"{s.rope_base:,.0f}" for s in config.layers}
     return ", ".join([*said, f"RoPE base {' and '.join(sorted(bases, key=len))}"])
+
+
+def _newer(c: GemmaConfig) -> list[str]:
+    """What Gemma 3n and 4 have."""
+    said = [f"{c.altup.num_inputs} streams"] if c.altup else []
+    said += [f"Laurel {c.laurel_rank}"] if c.laurel_rank else []
+    said += [f"per-layer inputs {c.hidden_size_per_layer_input}"] if c.hidden_size_per_layer_input else []
+    said += [f"last {c.num_kv_shared_layers} layers share K and V"] if c.num_kv_shared_layers else []
+    said += [f"F {max(c.mlp_sizes):,} in those"] if c.mlp_sizes else []
+    sparse = sum(map(bool, c.activation_sparsity_pattern))
+    said += [f"first {sparse} MLPs {max(c.activation_sparsity_pattern):.0%} sparse"] if sparse else []
+    heads = c.num_global_key_value_heads or c.num_key_value_heads
+    said += [f"global layers K {heads}, H {c.global_head_dim}"] if c.global_head_dim else []
+    said += ["their values are the keys"] if c.attention_k_eq_v else []
+    said += [f"{c.partial_rotary_factor:g} of their pairs rotate"] if c.partial_rotary_factor != 1 else []
+    return said + ([f"{c.experts.num_experts} experts, {c.experts.top_k} per token"] if c.experts else [])
 
 
 def _sizes(config: GemmaConfig) -> list[str]:
@@ -146,6 +164,15 @@ def weights_page() -> str:
         "t5": "either side of a T5Gemma",
         "stacked": "inside PaliGemma",
         "head": "a SigLIP tower with its pooling head",
+        "own_k": "layers with keys of their own (all but the last ones of Gemma 3n and Gemma 4 E2B, E4B)",
+        "own_v": "likewise values; the global layers of Gemma 4 31B and 26B-A4B use their keys",
+        "own_k_norm": "own keys, and norms of queries and keys",
+        "k_is_v": "layers whose values are the keys",
+        "plain_norms": "norms that multiply by w itself (Gemma 3n and 4)",
+        "altup, altup_scale, laurel": "Gemma 3n",
+        "per_layer": "per-layer inputs (Gemma 3n, Gemma 4 E2B and E4B)",
+        "layer_scale": "Gemma 4",
+        "experts": "Gemma 4 26B-A4B",
     }
     text = ("hf", "flax", "gguf", "ckpt", "npz", "sbs")
     image = ("hf", "flax", "ckpt", "npz")
@@ -160,7 +187,7 @@ def weights_page() -> str:
         "Every tensor of the family: its canonical name and axes (the orientation of Hugging Face), and its name and "
         "layout in each format: `hf` Hugging Face safetensors, `flax` the JAX package's parameter tree, `gguf` "
         "llama.cpp, `ckpt` the PyTorch package, `npz` big_vision, `sbs` gemma.cpp. The letters are in "
-        "[axes.md](axes.md), the rows in `gemma/weights/_rows.py` and `_rows_vision.py`. An empty cell: the format has "
+        "[axes.md](axes.md), the rows in `gemma/weights/_rows.py`, `_rows_newer.py` and `_rows_vision.py`. An empty cell: the format has "
         "no place for the tensor, or its name there is not established (gemma.cpp's image tensors).\n",
         "A cell reads: the name on disk, then `[i,0]` for a place in leading stacked axes (`i` is the layer), "
         "`rows a:b:step` for a range of a fused array, the axes where they are not the canonical ones, and `+1` where "
@@ -174,6 +201,10 @@ def weights_page() -> str:
         _rows(rows.TEXT_TOP + rows.TEXT_LAYER + rows.MLP_LAYER + rows.TEXT_END, text),
         "## Cross-attention of a T5Gemma decoder\n",
         _rows(rows.CROSS_LAYER, ("hf", "flax")),
+        "## Gemma 3n and 4\n",
+        _rows(newer_rows.TOP + newer_rows.LAYER + newer_rows.STREAMS, ("hf", "flax")),
+        "## After the pooling of EmbeddingGemma\n",
+        _rows(newer_rows.DENSE, ("hf", "flax")),
         "## SigLIP\n",
         _rows(vision_rows.VISION_TOP + vision_rows.VISION_LAYER + vision_rows.VISION_END, image),
         "The pooling head, of a stand-alone tower only:\n",
@@ -188,6 +219,11 @@ def weights_page() -> str:
         _table(("format", "names"), ((f, ", ".join(f"`{n}`" for n in names)) for f, names in rows.TIED_COPIES.items())),
         "Tables and counters that hold no weights (regular expressions):\n",
         _table(("format", "names"), ((f, ", ".join(f"`{n}`" for n in names)) for f, names in rows.IGNORED.items())),
+        "What a file of Gemma 3n or 4 holds besides its text model, which alone is read (regular expressions):\n",
+        _table(
+            ("format", "names"),
+            ((f, ", ".join(f"`{n}`" for n in names)) for f, names in newer_rows.NOT_READ.items()),
+        ),
         "Image tensors, which `text_only` skips (regular expressions):\n",
         _table(("format", "names"), ((f, f"`{n}`") for f, n in rows.VISION_NAMES.items())),
     ]

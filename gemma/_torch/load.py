@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gemma import _quants_mixes, hub, quants, weights
 from gemma import config as configs
-from gemma import hub, weights
 from gemma.checkpoint import Checkpoint, load_tensors, open_checkpoint
 from gemma.errors import UnsupportedError, WeightsMismatch
+from gemma.quants import PackedTensor, QuantType
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from gemma._load_tensors import TensorReader
 
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
 M = TypeVar("M", bound=nn.Module)
@@ -62,6 +65,7 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     text_only: bool = False,
+    quantize: str | None = None,
 ) -> None:
     """Replaces every parameter of a module by the checkpoint's.
 
@@ -75,10 +79,15 @@ def load_weights(
       dtype: float32, bfloat16 or float16, or its name. None: bfloat16 if all matrices are stored so, else float32.
       device: where the parameters live.
       text_only: the module is the text decoder alone; leave a vision tower in the file.
+      quantize: None: every tensor becomes a parameter of `dtype`. "keep": matrices stay packed as the file holds them,
+        without a copy where it is mapped. A type or mix ("Q8_0", "q4_k_m", "INT8", ...): matrices of that type stay,
+        others are quantized to it. Layers and embeddings become those of `packed.py`, which run on a CPU; `dtype` is
+        then that of the activations and norms.
 
     Raises:
       WeightsMismatch: tensors that are missing, unexpected or of the wrong shape, in the file or in the module.
-      UnsupportedError: a dtype that the model cannot run in.
+      UnsupportedError: a dtype that the model cannot run in, or matrices that cannot be packed so.
+      ConfigError: `quantize` is not a name of a type or mix.
     """
     dtype = check_dtype(dtype, config)
     tensors = list(load_tensors(checkpoint, config, text_only=text_only))
@@ -89,25 +98,73 @@ def load_weights(
     if dtype is None:
         stored = {reader.dtype for tensor, reader in tensors if len(tensor.shape) > 1}
         dtype = torch.bfloat16 if stored == {"BF16"} else torch.float32
-    state = {}
+    types = _packed_types([tensor for tensor, _ in tensors], quantize, device)
+    state, packed = {}, {}
     for tensor, reader in tensors:
+        if tensor.name in types:
+            packed[names[tensor.name]] = _read_packed(reader, types[tensor.name])
+            continue
         buffer = torch.empty(tensor.shape, dtype=dtype)
         reader(out=as_numpy(buffer))
         checkpoint.release(reader.slot.name)
         state[names[tensor.name]] = buffer.to(device)
     for name, value in state.items():
         _assign(model, name, value)
+    if packed:
+        from gemma._torch import packed as modules  # only who wants packed weights waits for the native kernels
+
+        for name, value in packed.items():
+            modules.replace(model, name, value, dtype)
+
+
+def _packed_types(
+    tensors: Sequence[weights.Tensor], quantize: str | None, device: torch.device | str
+) -> dict[str, QuantType | None]:
+    """Canonical names of the tensors to be packed, each with its type; None: as it is stored."""
+    if quantize is None:
+        return {}
+    if torch.device(device).type != "cpu":
+        raise UnsupportedError(f"quantize={quantize!r}: packed weights run on the CPU, not on {device}: leave it out")
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    if any(tensor.name.startswith("vision.") for tensor in matrices):
+        raise UnsupportedError("quantize: an image tower cannot be packed here; load the text decoder alone")
+    if quantize == "keep":
+        return dict.fromkeys((tensor.name for tensor in matrices), None)
+    type = QuantType.__members__.get(str(quantize).upper())
+    if type is not None and type.has_scale:  # a type of no GGUF mix
+        return {tensor.name: _quants_mixes.fitting(type, tensor.shape[-1]) for tensor in matrices}
+    types = _quants_mixes.plan(tensors, quantize)
+    return {tensor.name: types[tensor.name] for tensor in matrices}
+
+
+def _read_packed(reader: TensorReader, type: QuantType | None) -> PackedTensor:
+    """A tensor in a type: its bytes in the file where they are of that type, else quantized."""
+    plain = type is None and QuantType[reader.dtype].is_float
+    if type is None or reader.dtype == type.name:
+        try:
+            return reader.packed()
+        except UnsupportedError:  # laid out differently in the file: floats can be read in order, codes cannot
+            if type is None and not plain:
+                raise
+    packed = quants.quantize(reader(None if plain else np.float32), QuantType[reader.dtype] if plain else type)
+    reader.release()
+    return packed
 
 
 def text_from_pretrained(
-    cls: type[M], path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    cls: type[M],
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> M:
     """A text model of class `cls` (built from a GemmaConfig) with the weights of a checkpoint, in evaluation mode.
 
     Args:
       cls: GemmaForCausalLM, or a class like it.
       path: what `gemma.hub.resolve` takes: a file, a folder, or `demo`. Of Gemma 3 with images, the text decoder.
-      dtype, device: as in `load_weights`.
+      dtype, device, quantize: as in `load_weights`.
 
     Raises:
       HubError, CheckpointError, WeightsMismatch: the checkpoint cannot be found or used.
@@ -119,12 +176,13 @@ def text_from_pretrained(
         if not isinstance(config, configs.GemmaConfig) or config.use_bidirectional_attention:
             kind = type(config).__name__.removesuffix("Config")
             hint = "; see paligemma.modeling_paligemma" if isinstance(config, configs.PaliGemmaConfig) else ""
+            hint = "; see docs/t5gemma.md" if isinstance(config, configs.T5GemmaConfig) else hint
             raise UnsupportedError(
                 f"{path}: holds a {kind} model that does not continue text; expected a Gemma decoder{hint}"
             )
         with without_values():
             model = cls(configs.text_only(config))
-        load_weights(model, checkpoint, config, dtype=dtype, device=device, text_only=True)
+        load_weights(model, checkpoint, config, dtype=dtype, device=device, text_only=True, quantize=quantize)
     return model.eval()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemma._torch.linear import linear
+from gemma._torch.linear import linear, times
 from gemma.errors import PromptError, ShapeError
 
 IGNORE = -100
@@ -24,7 +24,7 @@ def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: 
 
     Args:
       hidden: activations [B, T, D] after the final norm.
-      weight: the head [V, D].
+      weight: the head [V, D], or a PackedWeight of that shape.
       labels: integers [B, T], -100 where nothing counts.
       softcap: of the logits.
 
@@ -41,8 +41,8 @@ def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: 
     targets = labels[:, 1:].reshape(-1).to(hidden.device)
     counted = (targets != IGNORE).nonzero()[:, 0]
     targets = targets[counted]
-    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= len(weight)):
-        raise PromptError(f"labels: expected ids in 0..{len(weight) - 1} or {IGNORE}, got one outside")
+    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= weight.shape[0]):
+        raise PromptError(f"labels: expected ids in 0..{weight.shape[0] - 1} or {IGNORE}, got one outside")
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, counted)
     return _ChunkedCrossEntropy.apply(rows, weight, targets, softcap, torch.is_grad_enabled())
 
@@ -54,7 +54,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, rows, weight, targets, softcap, with_grad):
         needs_rows, needs_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         count = max(len(rows), 1)
-        size = max(1, _CHUNK // len(weight))
+        size = max(1, _CHUNK // weight.shape[0])
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         grad_rows = torch.zeros_like(rows) if needs_rows else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -74,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if needs_weight:
                     grad_weight.addmm_(grad.T, part.float())
                 if needs_rows:
-                    grad_rows[start : start + size] = grad.to(weight.dtype) @ weight
+                    grad_rows[start : start + size] = times(grad, weight).to(weight.dtype)
         ctx.save_for_backward(grad_rows, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total / count

@@ -69,7 +69,8 @@ def layer_masks(
             keys = kv_cache.key_positions(spec.index)
         else:
             keys = positions if valid is None else positions.masked_fill(~valid, -1)
-        seen = visible(positions, keys, window=spec.window, bidirectional=spec.bidirectional, groups=groups)
+        both = dict(bidirectional=spec.bidirectional, reach=spec.reach)
+        seen = visible(positions, keys, window=spec.window, groups=groups, **both)
         if valid is not None:  # a query of padding may see nothing; let it see everything: finite, and never looked at
             seen |= ~seen.any(-1, keepdim=True)
         masks[spec.window] = seen[:, None]
@@ -83,14 +84,18 @@ def visible(
     window: int | None,
     bidirectional: bool = False,
     groups: Tensor | None = None,
+    reach: tuple[int, int] | None = None,
 ) -> Tensor:
     """Positions of queries [B, T] and keys [B, S], -1 for a key that is none, to bool [B, T, S].
 
     `groups` [B, T] belong to the last T keys, which are the queries' own tokens. Tokens of one group other than 0 see
     each other both ways; those of a negative number also where the window would not reach (a PaliGemma 2 that is given
-    a window keeps it from its prompt).
+    a window keeps it from its prompt). `reach` is how far a bidirectional layer sees before and after, where that is not
+    what the window says (T5Gemma's encoder).
     """
     distance = queries[:, :, None] - keys[:, None, :]
+    if reach is not None:
+        return (distance <= reach[0]) & (distance >= -reach[1]) & (keys >= 0)[:, None]
     if bidirectional:
         seen = torch.ones_like(distance, dtype=torch.bool) if window is None else distance.abs() < window // 2 + 1
         return seen & (keys >= 0)[:, None]

@@ -2,7 +2,8 @@
 """The one place where the command line reaches a model: a checkpoint opened for generation, on a chosen backend.
 
 A backend is a TextModel. The JAX one is the session of `gm/text`; `RunnerModel` makes one of any
-`serving.runner.Runner`. Frameworks are imported when a model is opened, not before. Decoding is `_generation.py`.
+`serving.runner.Runner`, through the engine. Frameworks are imported when a model is opened, not before; the native CPU
+backend, which is used where nothing else was asked for, needs none (`_native.py`). Decoding is `_generation.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gemma.cli._common import note
 from gemma.errors import CheckpointError, ConfigError, DependencyError, FormatError, TokenizerError
 
 if TYPE_CHECKING:
     from gemma.config import GemmaConfig
     from gemma.sampling import SamplingParams
+    from gemma.serving.request import Request
     from gemma.serving.runner import Runner
 
 _MAX_SETTINGS = 1 << 25  # bytes of a tokenizer_config.json; real ones are about 1 MB
@@ -49,22 +53,90 @@ class Opened:
     model: TextModel
 
 
-def open_model(name: str, *, backend: str = "jax", dtype: str = "float32") -> Opened:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to run a model. `threads` to `speculate` are for the native CPU backend; None and 0: as it likes.
+
+    Attributes:
+      backend: "auto" or one of BACKENDS.
+      dtype: "float32", "bfloat16" or "float16": what JAX and PyTorch compute in.
+      threads: of the CPU.
+      cache_type: of keys and values: "f32", "bf16" or "int8".
+      speculate: most tokens guessed ahead; 0: none.
+      adapter: path of a LoRA adapter to fold into the weights; of the JAX backend.
+    """
+
+    backend: str = "auto"
+    dtype: str = "float32"
+    threads: int | None = None
+    cache_type: str | None = None
+    speculate: int = 0
+    adapter: str | None = None
+
+
+def open_model(name: str, **options: Any) -> Opened:
     """Finds, reads and prepares a model.
 
+    Args:
+      name: what `gemma.hub.resolve` takes.
+      **options: the fields of `Options`.
+
     Raises:
-      ConfigError: an unknown backend or dtype. HubError, CheckpointError, TokenizerError: the model cannot be used.
+      ConfigError: an unknown backend or dtype, or an option that the backend has not.
+      HubError, CheckpointError, TokenizerError: the model cannot be used.
     """
     from gemma import fit, hub
     from gemma.cli._progress import waiting
 
-    if backend not in BACKENDS:
-        raise ConfigError(f"--backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if dtype not in fit.DTYPES:
-        raise ConfigError(f"--dtype: expected one of {', '.join(fit.DTYPES)}, got {dtype!r}")
+    asked = Options(**options)
+    if asked.backend not in ("auto", *BACKENDS):
+        raise ConfigError(f"--backend: expected one of {', '.join(('auto', *BACKENDS))}, got {asked.backend!r}")
+    if asked.dtype not in fit.DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(fit.DTYPES)}, got {asked.dtype!r}")
+    if asked.backend in ("jax", "torch"):
+        _only_native(asked, f"--backend {asked.backend} has no such setting")
+    if asked.adapter is not None and asked.backend not in ("auto", "jax"):
+        raise ConfigError(f"--adapter: is folded in by the JAX backend; --backend {asked.backend} does not take one")
     with waiting(f"loading {name}"):
         path = hub.resolve(name)
-        return BACKENDS[backend](name, path, dtype)
+        if asked.backend == "auto":
+            return _open_auto(name, path, asked)
+        return BACKENDS[asked.backend](name, path, asked)
+
+
+def _open_auto(name: str, path: Path, asked: Options) -> Opened:
+    """The native kernels where they run this model on this machine, else JAX; a remark says why."""
+    why = "it computes in float32" if asked.dtype != "float32" else _accelerator()
+    why = "it takes no adapter" if asked.adapter is not None else why
+    if why is None:
+        from gemma.checkpoint import open_checkpoint
+        from gemma.cli._native import open_native, why_not
+
+        with open_checkpoint(path) as checkpoint:
+            config = checkpoint.config()
+            why = why_not(config)
+            if why is None:
+                return open_native(name, path, checkpoint, config, asked)
+    _only_native(asked, f"JAX has no such setting, and the native CPU backend is not used: {why}")
+    if why and asked.dtype == "float32":
+        note(f"the native CPU backend is not used: {why}; this runs on JAX")
+    return BACKENDS["jax"](name, path, asked)
+
+
+def _only_native(asked: Options, why: str) -> None:
+    """Refuses settings of the native backend where another one runs."""
+    for flag, value in (("threads", asked.threads), ("cache-type", asked.cache_type), ("speculate", asked.speculate)):
+        if value:
+            raise ConfigError(f"--{flag}: {why}")
+
+
+def _accelerator() -> str | None:
+    """The device on which JAX would run, if it is none of the CPU's; nothing is imported to find out."""
+    plugins = {"jax_cuda12_plugin": "/dev/nvidiactl", "jax_cuda13_plugin": "/dev/nvidiactl", "libtpu": "/dev/accel0"}
+    for plugin, device in plugins.items():
+        if os.path.exists(device) and importlib.util.find_spec(plugin) is not None:
+            return f"JAX has an accelerator here ({device})"
+    return None
 
 
 def is_tuned(path: Path) -> bool:
@@ -88,83 +160,99 @@ def is_tuned(path: Path) -> bool:
 
 
 class RunnerModel:
-    """A TextModel over a runner: one slot, filled with what is new in each call. `blocked` ids are never picked."""
+    """A TextModel over a runner, through the engine: one slot, of which each call reads only what is new.
 
-    def __init__(self, runner: Runner, blocked: Collection[int] = ()):
-        self._runner = runner
+    `blocked` ids are never picked. `runner` is the engine's from `begin` on; `request` is the newest Request, with its
+    counts, None before the first.
+    """
+
+    def __init__(
+        self, runner: Runner, blocked: Collection[int] = (), *, cache_type: str | None = None, speculate: int = 0
+    ):
+        self.runner, self._cache_type, self._speculate = runner, cache_type, speculate
         self._blocked = dict.fromkeys(blocked, -math.inf)
-        self._held: list[int] = []
+        self.request: Request | None = None
 
     def begin(self, context: int) -> None:
-        self._runner.open(1, context, self._runner.info.dtype)
-        self._held = []
+        from gemma.serving.engine import Engine
+
+        flags = dict(cache_dtype=self._cache_type, speculate=self._speculate)
+        self._engine = Engine(self.runner, slots=1, max_len=context, **flags)
 
     def tokens(self, ids: Sequence[int], params: SamplingParams, end_ids: Collection[int]) -> Iterator[int]:
-        from gemma.sampling import sample, step_seed
-        from gemma.serving.runner import StepIn
-
-        if self._blocked:
-            params = dataclasses.replace(params, logit_bias={**params.logit_bias, **self._blocked})
-        ids, held = list(ids), self._held
-        if ids[: len(held)] != held or len(held) == len(ids):  # not a continuation, or nothing new to compute
-            self._runner.free(0)
-            held.clear()
-        self._runner.prefill(0, ids[len(held) :], len(held))
-        held[:] = ids
-        token = sample(self._runner.logits(0), params, ids, step_seed(params.seed or 0, 0))
-        for index in range(1, params.max_new_tokens):
-            yield token
-            if token in end_ids:
-                return
-            ids.append(token)
-            step = StepIn(0, token, params, step_seed(params.seed or 0, index), tuple(ids))
-            held.append(token)
-            token = self._runner.step([step])[0].token
-        yield token
+        # Stop strings are the caller's: it sees the text.
+        bias = {**params.logit_bias, **self._blocked}
+        params = dataclasses.replace(params, stop=(), logit_bias=bias)
+        self.request = self._engine.submit(ids, params, end_ids)
+        for event in self._engine.stream(self.request):
+            if event.token is not None:
+                yield event.token
+        if self.request.error is not None:
+            raise self.request.error
 
 
-def _open_jax(name: str, path: Path, dtype: str) -> Opened:
+def _open_jax(name: str, path: Path, asked: Options) -> Opened:
+    from gemma.cli._seq2seq import is_seq2seq, load_writer
     from gemma.gm.text._generate import Session
     from gemma.gm.text._load import load_model
 
-    loaded = load_model(path, dtype=dtype)
+    if is_seq2seq(path):
+        loaded, writer = load_writer(path, asked.dtype)
+        if loaded.tokenizer is None:
+            raise no_tokenizer(path)
+        return Opened(name, path, loaded.tokenizer, loaded.config.decoder, writer)
+    loaded = load_model(path, dtype=asked.dtype, adapter=asked.adapter)
     if loaded.tokenizer is None:
-        raise _no_tokenizer(path)
+        raise no_tokenizer(path)
     return Opened(name, path, loaded.tokenizer, loaded.config, Session(loaded))
 
 
-def _open_torch(name: str, path: Path, dtype: str) -> Opened:
+def _open_cpu(name: str, path: Path, asked: Options) -> Opened:
+    from gemma.checkpoint import open_checkpoint
+    from gemma.cli._native import open_native
+
+    if asked.dtype != "float32":
+        raise ConfigError(f"--dtype: --backend cpu computes in float32, got {asked.dtype!r}; see --cache-type")
+    with open_checkpoint(path) as checkpoint:
+        return open_native(name, path, checkpoint, checkpoint.config(), asked)
+
+
+def _open_torch(name: str, path: Path, asked: Options) -> Opened:
     if importlib.util.find_spec("torch") is None:
         raise DependencyError("torch", "torch", "--backend torch")
+    from gemma.checkpoint import open_checkpoint
     from gemma.serving._runner_torch import load_runner
     from gemma.tokenizer import Tokenizer
 
-    source = _tokenizer_source(path)
-    if source is None:
-        raise _no_tokenizer(path)
-    tokenizer = Tokenizer.from_source(source)
-    runner = load_runner(path, dtype=dtype)
+    with open_checkpoint(path) as checkpoint:
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    if tokenizer is None:
+        raise no_tokenizer(path)
+    runner = load_runner(path, dtype=asked.dtype)
     config = runner.info.config
+    check_vocabulary(path, tokenizer, config)
+    nameless = range(tokenizer.vocab_size, config.vocab_size)  # rows of the table that stand for no token
+    return Opened(name, path, tokenizer, config, RunnerModel(runner, (tokenizer.special.pad, *nameless)))
+
+
+def check_vocabulary(path: Path, tokenizer: Any, config: GemmaConfig) -> None:
+    """Every id of a tokenizer must have a row in the embedding."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its embedding {config.vocab_size} rows; the two do "
             f"not belong together"
         )
-    nameless = range(tokenizer.vocab_size, config.vocab_size)  # rows of the table that stand for no token
-    return Opened(name, path, tokenizer, config, RunnerModel(runner, (tokenizer.special.pad, *nameless)))
 
 
-def _tokenizer_source(path: Path):
-    from gemma.checkpoint import open_checkpoint
-
-    with open_checkpoint(path) as opened:
-        return opened.tokenizer_source()
-
-
-def _no_tokenizer(path: Path) -> TokenizerError:
+def no_tokenizer(path: Path) -> TokenizerError:
+    """What to say where weights came alone."""
     return TokenizerError(
         f"{path}: no tokenizer came with these weights; put the model's tokenizer.model or tokenizer.json beside them"
     )
 
 
-BACKENDS: dict[str, Callable[[str, Path, str], Opened]] = {"jax": _open_jax, "torch": _open_torch}
+BACKENDS: dict[str, Callable[[str, Path, Options], Opened]] = {
+    "cpu": _open_cpu,
+    "jax": _open_jax,
+    "torch": _open_torch,
+}

@@ -45,8 +45,48 @@ Context = Annotated[
     str | None, typer.Option("--context", "-c", metavar="N", help="Most tokens held, new ones included: 4096, 32k.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH",
+        help="A LoRA adapter to fold into the weights: a PEFT folder or a GGUF adapter; runs on JAX.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, bfloat16 or float16.")]
-BackendName = Annotated[str, typer.Option("--backend", metavar="NAME", help="What computes: jax or torch.")]
+BackendName = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="What computes: cpu (native kernels on packed weights), jax or torch; auto: cpu where it can, else jax.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", help="Threads of the cpu backend.  [default: all processors]", show_default=False
+    ),
+]
+CacheType = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-type",
+        metavar="TYPE",
+        help="Keys and values of the cpu backend: f32, bf16 or int8.  [default: f32]",
+        show_default=False,
+    ),
+]
+Speculate = Annotated[
+    int,
+    typer.Option(
+        "--speculate",
+        metavar="N",
+        help="Guess up to N tokens ahead where the text repeats itself (cpu backend): the same text, sooner. 0 is off.",
+    ),
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Say at the end, on standard error, how fast it was.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", metavar="T", help="0 is greedy: always the likeliest token.")
 ]
@@ -102,6 +142,23 @@ def seeded(params: SamplingParams) -> SamplingParams:
     from gemma.sampling import fresh_seed
 
     return params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())
+
+
+def backend_options(
+    backend: str,
+    dtype: str,
+    threads: int | None,
+    cache_type: str | None,
+    speculate: int,
+    adapter: str | None = None,
+) -> dict:
+    """What the flags of a backend mean, for `_backend.open_model`."""
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads: expected at least 1, got {threads}")
+    if not 0 <= speculate <= 64:
+        raise ConfigError(f"--speculate: expected 0 (off) to 64 tokens, got {speculate}")
+    native = dict(threads=threads, cache_type=cache_type, speculate=speculate)
+    return dict(backend=backend, dtype=dtype, adapter=adapter, **native)
 
 
 def unescape(text: str) -> str:

@@ -26,13 +26,23 @@ class Conversation:
     Attributes:
       turns: what was said, the system's instructions first if there are any.
       base: True for a pretrained model, which gets a few-shot text instead of the chat template.
+      stats: whether who shows the answers should say how fast they were.
+      generation: the newest answer, with its counts and times; None before the first.
     """
 
     def __init__(
-        self, opened: Opened, params: SamplingParams, context: int, *, system: str | None = None, base: bool = False
+        self,
+        opened: Opened,
+        params: SamplingParams,
+        context: int,
+        *,
+        system: str | None = None,
+        base: bool = False,
+        stats: bool = False,
     ):
         self._opened, self._params, self._context, self._system = opened, params, context, system
-        self.base = base
+        self.base, self.stats = base, stats
+        self.generation: Generation | None = None
         self.reset()
 
     @property
@@ -62,7 +72,8 @@ class Conversation:
         params = dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room))
         answer = ""
         try:
-            for piece in Generation(self._opened, ids, params, end_ids, show_special=False):
+            self.generation = Generation(self._opened, ids, params, end_ids, show_special=False)
+            for piece in self.generation:
                 answer += piece
                 yield piece
         finally:  # also where the user stopped it: what was seen is part of the conversation

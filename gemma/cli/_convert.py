@@ -21,7 +21,7 @@ from gemma import saving
 from gemma.checkpoint import Checkpoint, TokenizerSource, load_tensors
 from gemma.cli._proof import Proof, open_any, prove
 from gemma.config import GemmaConfig, text_only
-from gemma.errors import CheckpointError, ConfigError
+from gemma.errors import ConfigError
 from gemma.saving import SaveReport
 
 ORBAX = "orbax"
@@ -179,22 +179,10 @@ def _write(request, source, config, tokenizer, staged: Path, progress: Progress)
 
 
 def read_imatrix(path: Path) -> dict[str, np.ndarray]:
-    """An importance matrix: a `.npz` of name to mean squares, or llama.cpp's GGUF with sums and counts."""
-    from gemma.checkpoint import open_checkpoint
+    """An importance matrix; see `gemma.imatrix.read`."""
+    from gemma import imatrix
 
-    with open_checkpoint(path) as opened:
-        if opened.format == "npz":
-            return {name: opened.read(name, np.float32) for name in opened.tensors}
-        names = [name.removesuffix(".in_sum2") for name in opened.tensors if name.endswith(".in_sum2")]
-        if opened.format != "gguf" or not names:
-            raise CheckpointError(
-                f"{path}: expected an importance matrix: a .npz, or a GGUF with *.in_sum2 and *.counts"
-            )
-        found = {}
-        for name in names:
-            sums, counts = opened.read(f"{name}.in_sum2", np.float32), opened.read(f"{name}.counts", np.float32)
-            found[name] = (sums.reshape(-1) / max(float(counts.reshape(-1)[0]), 1.0)).astype(np.float32)
-        return found
+    return imatrix.read(path)
 
 
 def failure(request: Request, proof: Proof) -> str:

@@ -86,6 +86,22 @@ class Generation:
         """Decoding speed; the first token belongs to the prompt."""
         return (len(self.ids) - 1) / self.decode_seconds if len(self.ids) > 1 and self.decode_seconds > 0 else None
 
+    def stats(self) -> str:
+        """Speed and guesses in one line, for people."""
+        begun = f"{len(self._prompt)} tokens of prompt in {self.prompt_seconds:.2f} s"
+        rate = self.tokens_per_second
+        made = f"{len(self.ids)} new" + ("" if rate is None else f" at {rate:.1f} per second")
+        guesses = self.guesses
+        return f"{begun}, {made}" + (f", {guesses[1]} of {guesses[0]} guesses right" if guesses else "")
+
+    @property
+    def guesses(self) -> tuple[int, int] | None:
+        """Tokens that were guessed ahead, and how many of them came; None where nothing is guessed."""
+        request = getattr(self._opened.model, "request", None)
+        if request is None or request.lookup is None:
+            return None
+        return request.drafted, request.accepted
+
 
 def context_limit(opened: Opened, asked: int | None) -> int:
     """Tokens that may be held: what --context says, or what the model was made for."""

@@ -122,6 +122,8 @@ def _structure(format: str, report: SaveReport, staged: Path) -> Iterator[str]:
         return
     from safetensors import safe_open
 
+    from gemma._hf_packed import arrays_of
+
     seen: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in sorted(staged.glob("*.safetensors")):
         with safe_open(file, framework="np") as opened:
@@ -129,7 +131,9 @@ def _structure(format: str, report: SaveReport, staged: Path) -> Iterator[str]:
             for name in names:
                 part = opened.get_slice(name)
                 seen[name] = (part.get_dtype(), tuple(part.get_shape()))
-    announced = {tensor.name: (tensor.type, tensor.shape) for tensor in report.tensors}
+    announced: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for tensor in report.tensors:
+        announced |= arrays_of(tensor)
     for name in sorted(set(seen) | set(announced)):
         if seen.get(name) != announced.get(name):
             yield f"{name}: announced {announced.get(name)}, the safetensors library sees {seen.get(name)}"

@@ -70,7 +70,12 @@ def command(
     ] = "auto",
     dtype: _common.Dtype = "float32",
     context: _common.Context = None,
-    backend: _common.BackendName = "jax",
+    backend: _common.BackendName = "auto",
+    adapter: _common.Adapter = None,
+    threads: _common.Threads = None,
+    cache_type: _common.CacheType = None,
+    speculate: _common.Speculate = 0,
+    stats: _common.Stats = False,
 ) -> None:
     """Runs the verb; `HELP` is what --help says."""
     flags = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=max_new_tokens)
@@ -78,7 +83,8 @@ def command(
     if kind not in ("auto", "tuned", "base"):
         raise PromptError(f"--as: expected auto, tuned or base, got {kind!r}")
     asked = _common.context_flag(context)
-    opened = _backend.open_model(model, backend=backend, dtype=dtype)
+    options = _common.backend_options(backend, dtype, threads, cache_type, speculate, adapter)
+    opened = _backend.open_model(model, **options)
     length = context_limit(opened, asked) if asked else min(_CONTEXT, context_limit(opened, None))
     base = kind == "base" or (kind == "auto" and not _backend.is_tuned(opened.path))
     if base:
@@ -86,7 +92,7 @@ def command(
             f"{opened.name} is a pretrained model, not tuned to answer: it gets a few-shot conversation to continue"
             + (" (--as tuned uses the chat template)" if kind == "auto" else "")
         )
-    conversation = Conversation(opened, params, length, system=system, base=base)
+    conversation = Conversation(opened, params, length, system=system, base=base, stats=stats)
     if _common.is_terminal(sys.stdin) and _common.is_terminal(sys.stdout):
         _interactive(conversation)
     else:
@@ -165,6 +171,8 @@ def _answer(conversation: Conversation, text: str) -> None:
     for piece in pieces:
         _common.write(piece)
     _common.write("\n")
+    if conversation.stats and conversation.generation is not None:
+        _common.note(conversation.generation.stats())
 
 
 def _save(conversation: Conversation, name: str) -> None:

@@ -20,6 +20,7 @@ import typer
 
 import gemma
 from gemma.cli import _common
+from gemma.errors import KernelError
 
 HELP = """\
 Examine this installation, and say what is wrong with it.
@@ -133,10 +134,28 @@ def _probe(code: str) -> tuple[str, str]:
 
 
 def _native() -> Iterator[Finding]:
-    yield Finding("native code", "note", "this version has none: models run through XLA or PyTorch")
-    names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    yield Finding("c++ compiler", "ok" if found else "note", found or "none found; nothing needs one")
+    from gemma import kernels
+    from gemma.kernels import _native as native
+    from gemma.kernels import build
+
+    why = kernels.why_missing()
+    if why is None:
+        stale = "; its sources are newer: run `make native`" if build.is_stale() else ""
+        yield Finding("native code", "note" if stale else "ok", f"{native.library_path()}{stale}")
+        sets = kernels.instruction_sets()
+        rest = f"; on demand {', '.join(sets[1:])}" if sets[1:] else ""
+        yield Finding("instruction set", "ok" if sets[0] != "portable" else "note", f"{sets[0]}{rest}")
+        yield Finding("threads", "ok", f"{native.processors()}, the processors of this process")
+    else:
+        yield Finding("native code", "note", why)
+        lost = "models run through JAX or PyTorch, several times slower on a CPU and with weights unpacked"
+        yield Finding("without native code", "note", lost)
+    try:
+        compiler = build.find_compiler()
+    except KernelError as error:
+        yield Finding("c++ compiler", "note", f"{error}; needed only to build the native code")
+    else:
+        yield Finding("c++ compiler", "ok", f"{shutil.which(compiler.command[0])} for {compiler.machine}")
 
 
 def _cache() -> Iterator[Finding]:

@@ -37,6 +37,7 @@ Examples:
   gemma generate --prompt-file story.txt --no-echo > continuation.txt
   echo "2 + 2 =" | gemma generate --max-new-tokens 4
   gemma generate "Roses are red" --json --model path/to/gemma-3-1b-pt
+  gemma generate --prompt-file code.txt --speculate 8 --threads 2 --stats
 """
 
 
@@ -79,7 +80,12 @@ def command(
     as_json: _common.Json = False,
     dtype: _common.Dtype = "float32",
     context: _common.Context = None,
-    backend: _common.BackendName = "jax",
+    backend: _common.BackendName = "auto",
+    adapter: _common.Adapter = None,
+    threads: _common.Threads = None,
+    cache_type: _common.CacheType = None,
+    speculate: _common.Speculate = 0,
+    stats: _common.Stats = False,
 ) -> None:
     """Runs the verb; `HELP` is what --help says."""
     from gemma import chat
@@ -93,8 +99,9 @@ def command(
             'the prompt is empty: give the beginning of a text, for example "The history of computing began"'
         )
     asked = _common.context_flag(context)
+    options = _common.backend_options(backend, dtype, threads, cache_type, speculate, adapter)
     begin = time.perf_counter()
-    opened = _backend.open_model(model, backend=backend, dtype=dtype)
+    opened = _backend.open_model(model, **options)
     ids = opened.tokenizer.encode(text, add_bos=True)
     if (pad := opened.tokenizer.special.pad) in ids:
         raise PromptError(
@@ -112,7 +119,10 @@ def command(
         _common.write(json.dumps(result, ensure_ascii=False) + "\n")
     else:
         # The prompt is printed only now: nothing that waits may write into its line.
-        _print(text if echo else "", first if stream else first + "".join(pieces), pieces)
+        between = getattr(opened.model, "separator", "")  # what an encoder-decoder writes does not continue the prompt
+        _print(text + between if echo else "", first if stream else first + "".join(pieces), pieces)
+    if stats:
+        _common.note(f"loaded in {load_seconds:.2f} s; {generation.stats()}")
 
 
 def _print(prompt: str, first: str, pieces: Iterator[str]) -> None:
@@ -134,6 +144,7 @@ def _fitted(params: SamplingParams, used: int, limit: int, *, exact: bool) -> Sa
 
 def _result(opened, prompt, ids, text, generation, params, load_seconds) -> dict:
     """What --json prints; times in seconds."""
+    guesses = generation.guesses
     return {
         "model": opened.name,
         "prompt": prompt,
@@ -150,4 +161,5 @@ def _result(opened, prompt, ids, text, generation, params, load_seconds) -> dict
             "decode": round(generation.decode_seconds, 4),
             "tokens_per_second": generation.tokens_per_second and round(generation.tokens_per_second, 2),
         },
+        **({} if guesses is None else {"speculation": {"drafted": guesses[0], "accepted": guesses[1]}}),
     }

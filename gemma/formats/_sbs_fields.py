@@ -226,6 +226,8 @@ def config_words(config: GemmaConfig, weight: str) -> np.ndarray:
         raise UnsupportedError(f"gemma.cpp scales queries by head_dim or width / heads, not by {scalar}")
     if config.vision is not None or not config.tie_word_embeddings or config.use_bidirectional_attention:
         raise UnsupportedError("an .sbs file is written for text decoders with a tied head only")
+    if not config.is_classic:
+        raise UnsupportedError("an .sbs file is written for Gemma 1 to 3 only, not for Gemma 3n and 4")
     numbers = {configs.preset(name): n for n, name in {**_MODELS, **_TEXT_ONLY}.items() if n > 2}
     texts = {configs.text_only(p): n for p, n in numbers.items() if isinstance(p, GemmaConfig)}
     context, windows = config.max_position_embeddings, [spec.window for spec in config.layers]

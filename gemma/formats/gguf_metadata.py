@@ -33,6 +33,8 @@ def architecture_of(config: Any) -> str:
             "GGUF holds the text model alone (images are a second file of another kind): save the decoder with "
             "gemma.config.text_only(config), or the whole model as safetensors"
         )
+    if not config.is_classic:
+        raise ConfigError("GGUF holds decoders of Gemma 1 to 3, not of Gemma 3n and 4; save it as safetensors")
     if config.use_bidirectional_attention:
         raise ConfigError("GGUF: bidirectional attention has no key in the architecture gemma3; save it as safetensors")
     kinds = {(False, False): "gemma", (True, False): "gemma2", (True, True): "gemma3"}

@@ -8,5 +8,8 @@ share with the PyTorch side (sizes, weight names, tokenizer) are in the files di
 from gemma._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
-    __name__, {}, modules=["ckpts", "math", "nn", "sharding", "testing", "text", "tools", "typing", "vision"]
+    __name__,
+    {},
+    modules=["ckpts", "data", "math", "nn", "sharding", "testing", "text", "tools", "typing", "vision"],
+    elsewhere={"peft": "gemma.peft"},
 )

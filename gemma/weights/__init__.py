@@ -11,11 +11,14 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "_assemble": ("assemble", "groups"),
-        "_axes": ("convert", "shape_of", "sharding_of"),
+        "_axes": ("convert", "parse", "shape_of", "sharding_of"),
         "_bind": ("bind",),
         "_identify": ("identify", "shaped"),
+        "_names": ("names", "tied_copies"),
         "_pack": ("extract", "fit_rows", "pack", "unpack"),
+        "_packing": ("Matrix", "is_matrix", "matrices", "summed_axes"),
         "_rows": ("FORMATS",),
+        "_rows_newer": ("DENSE_FOLDER",),
         "_table": ("Slot", "Tensor", "expected", "tensors"),
     },
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from gemma.errors import ShapeError
 
-_TOKEN = re.compile(r"\(([A-Z](?: [A-Z])*)\)|([A-Z])|(1)")
+_TOKEN = re.compile(r"\(([A-Za-z](?: [A-Za-z])*)\)|([A-Za-z])|(1)")
 
 # What an axis is called when an array is spread over devices; None: not a thing to split.
 SHARDING = {
@@ -28,6 +28,8 @@ SHARDING = {
     "E": "vision_embed",
     "A": "vision_heads",
     "M": "vision_mlp",
+    "f": "mlp",
+    "e": "experts",
 }
 
 
@@ -43,7 +45,7 @@ def parse(axes: str) -> tuple[tuple[str, ...], ...]:
         at = found.end()
     letters = [letter for group in groups for letter in group]
     if axes[at:].strip() or len(set(letters)) != len(letters):
-        raise ShapeError(f'axes {axes!r}: expected distinct capital letters, 1, or a group such as "(N H) D"')
+        raise ShapeError(f'axes {axes!r}: expected distinct letters, 1, or a group such as "(N H) D"')
     return tuple(groups)
 
 

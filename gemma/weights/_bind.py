@@ -12,9 +12,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
-from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig
+from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5Gemma2Config, T5GemmaConfig
 from gemma.errors import WeightsMismatch
 from gemma.weights import _rows as rows
+from gemma.weights import _rows_newer as newer_rows
 from gemma.weights._table import AnyConfig, Slot, Tensor, check_format, family, roots, tensors
 
 
@@ -61,8 +62,7 @@ def bind(
         if got != slot.shape and not (tensor.axes[0] == "V" and _rows_differ(got, slot.shape, config)):
             misshaped.append(f"{slot.name}: expected {slot.shape}, got {got}")
         found[tensor.name] = (dataclasses.replace(slot, shape=got),)
-    tied = _tied(config)
-    for name in rows.TIED_COPIES.get(format, ()):
+    for name, tied in _copies(config, format).items():
         if tied in found and name in names_to_shapes:
             first, used = found[tied][0], used | {name}
             if tuple(names_to_shapes[name]) != first.shape:
@@ -70,7 +70,8 @@ def bind(
                     f"{name}: expected {first.shape} (a copy of {first.name}), got {names_to_shapes[name]}"
                 )
             found[tied] += (dataclasses.replace(first, name=name, copy=True),)
-    unexpected = [n for n in names_to_shapes if n not in used and not _ignored(n, format, text_only)]
+    passed = _passed_over(names_to_shapes, config, format)
+    unexpected = [n for n in names_to_shapes if n not in used | passed and not _ignored(n, format, text_only)]
     missing = list(dict.fromkeys(missing))
     if missing or homeless or unexpected or misshaped:
         hint = _hint(names_to_shapes, config, format, bool(homeless))
@@ -109,6 +110,13 @@ def _rows_differ(got: tuple[int, ...], expected: tuple[int, ...], config: AnyCon
     return len(got) == 2 and got[1:] == expected[1:] and got[0] in allowed
 
 
+def _copies(config: AnyConfig, format: str) -> Mapping[str, str]:
+    """Names that may hold a copy, to the canonical tensor that they copy."""
+    if isinstance(config, T5Gemma2Config):
+        return rows.SHARED.get(format, {}) if config.decoder.tie_word_embeddings else {}
+    return dict.fromkeys(rows.TIED_COPIES.get(format, ()), _tied(config))
+
+
 def _tied(config: AnyConfig) -> str:
     """The canonical tensor that a tied head copies; "" where there is no head or it has weights of its own."""
     if isinstance(config, SiglipVisionConfig):
@@ -125,8 +133,19 @@ def _ignored(name: str, format: str, text_only: bool) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in rows.IGNORED.get(format, ()))
 
 
+def _passed_over(names: Iterable[str], config: AnyConfig, format: str) -> set[str]:
+    """What a file of Gemma 3n or 4 may hold besides the text model: towers, and keys and values that nobody uses."""
+    if not isinstance(config, GemmaConfig) or config.is_classic:
+        return set()
+    shared = {str(spec.index) for spec in config.layers if spec.shares_kv}
+    towers, keys = newer_rows.NOT_READ.get(format, ()), newer_rows.SHARED_KV.get(format, "$^")
+    found = {name for name in names for match in [re.fullmatch(keys, name)] if match is not None and match[1] in shared}
+    return found | {name for name in names if any(re.fullmatch(pattern, name) for pattern in towers)}
+
+
 # What gives a generation away in any format: the newest sign that is there decides.
 _SIGNS = (
+    ("T5Gemma 2", r"eoi_embedding"),
     ("T5Gemma", r"cross_attn"),
     ("Gemma 3n or 4", r"altup|laurel|per_layer_|skip_scale|layer_scalar"),
     ("Gemma 3", r"q_norm|_query_norm|query_norm"),
@@ -158,6 +177,8 @@ def _hint(names: Iterable[str], config: AnyConfig, format: str, homeless: bool) 
 
 def _generation(config: AnyConfig) -> str:
     if isinstance(config, T5GemmaConfig):
-        return "T5Gemma"
+        return "T5Gemma 2" if isinstance(config, T5Gemma2Config) else "T5Gemma"
     text = config.text_config if isinstance(config, PaliGemmaConfig) else config
+    if isinstance(text, GemmaConfig) and not text.is_classic:
+        return "Gemma 3n or 4"
     return "Gemma 3" if text.use_qk_norm else "Gemma 2" if text.use_post_norms else "Gemma 1"

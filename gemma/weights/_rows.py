@@ -15,6 +15,7 @@ Pitfalls that the rows state:
   * Flax merges q, k and v into `qkv_einsum` when there are as many key heads as heads, in self-attention only.
   * The gate and up kernel is [2, F, D] or [2, D, F] in Flax; `transpose_gating_einsum` decides, not the shape.
   * A GGUF stores 1 + w for every norm.
+  * From Gemma 3n on a norm multiplies by w itself, and Flax drops the underscore from `_query_norm` and `_key_norm`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ TEXT_TOP = (
         npz="embedder/input_embedding",
         sbs="c_embedding",
     ),
+    _row("embed", "embed.eoi", "D", "eoi", hf="embed_tokens.eoi_embedding", flax="embedder/eoi_embedding"),
 )
 
 TEXT_LAYER = (
@@ -81,8 +83,10 @@ TEXT_LAYER = (
         "text",
         "layers.{i}.attn.k",
         "(K H) D",
+        "own_k",
         hf="layers.{i}.self_attn.k_proj.weight",
-        flax="mha? layer_{i}/attn/qkv_einsum/w [1] K D H ; layer_{i}/attn/kv_einsum/w [0] K D H",
+        flax="mha? layer_{i}/attn/qkv_einsum/w [1] K D H ; k_is_v? layer_{i}/attn/k_einsum/w K D H ; "
+        "layer_{i}/attn/kv_einsum/w [0] K D H",
         gguf="blk.{i}.attn_k.weight",
         ckpt="model.layers.{i}.self_attn.qkv_proj.weight <NH:NH+KH>",
         npz="mha? layers/attn/qkv_einsum/w [i,1] K D H ; layers/attn/kv_einsum/w [i,0] K D H",
@@ -92,6 +96,7 @@ TEXT_LAYER = (
         "text",
         "layers.{i}.attn.v",
         "(K H) D",
+        "own_v",
         hf="layers.{i}.self_attn.v_proj.weight",
         flax="mha? layer_{i}/attn/qkv_einsum/w [2] K D H ; layer_{i}/attn/kv_einsum/w [1] K D H",
         gguf="blk.{i}.attn_v.weight",
@@ -116,7 +121,7 @@ TEXT_LAYER = (
         "H",
         "qk_norm",
         hf="layers.{i}.self_attn.q_norm.weight",
-        flax="layer_{i}/attn/_query_norm/scale",
+        flax="plain_norms? layer_{i}/attn/query_norm/scale ; layer_{i}/attn/_query_norm/scale",
         gguf="blk.{i}.attn_q_norm.weight +1",
         ckpt="model.layers.{i}.self_attn.query_norm.weight",
         sbs="query_norm_{i}",
@@ -125,9 +130,9 @@ TEXT_LAYER = (
         "text",
         "layers.{i}.attn.k_norm",
         "H",
-        "qk_norm",
+        "own_k_norm",
         hf="layers.{i}.self_attn.k_norm.weight",
-        flax="layer_{i}/attn/_key_norm/scale",
+        flax="plain_norms? layer_{i}/attn/key_norm/scale ; layer_{i}/attn/_key_norm/scale",
         gguf="blk.{i}.attn_k_norm.weight +1",
         ckpt="model.layers.{i}.self_attn.key_norm.weight",
         sbs="key_norm_{i}",
@@ -309,6 +314,10 @@ ROOTS: Mapping[str, Mapping[tuple[str, str], tuple[str, ...]]] = {
         ("hf", "head"): ("", "language_model."),
         ("ckpt", "embed"): ("", "text_token_"),
     },
+    "newer": {  # Gemma 3n and 4, whose published files are multimodal
+        ("hf", "text"): ("model.", "model.language_model.", "language_model.model.", "language_model.", ""),
+        ("hf", "head"): ("", "language_model."),
+    },
     "base": {
         ("hf", "text"): ("", "model.", "language_model.model.", "model.language_model.", "language_model."),
         ("hf", "head"): ("", "language_model."),
@@ -333,6 +342,19 @@ ROOTS: Mapping[str, Mapping[tuple[str, str], tuple[str, ...]]] = {
     },
     "encoder": {("hf", "text"): ("model.encoder.", "encoder."), ("flax", "text"): ("encoder/",)},
     "decoder": {("hf", "text"): ("model.decoder.", "decoder."), ("flax", "text"): ("decoder/",)},
+    "encoder2": {
+        ("hf", "text"): ("model.encoder.text_model.", "model.encoder.", "encoder.text_model.", "encoder."),
+        ("hf", "vision"): (
+            "model.encoder.vision_tower.",
+            "encoder.vision_tower.",
+            "model.encoder.vision_tower.vision_model.",
+        ),
+        ("hf", "mm"): ("model.encoder.multi_modal_projector.", "encoder.multi_modal_projector."),
+        ("flax", "text"): ("encoder/",),
+        ("flax", "embed"): ("",),
+        ("flax", "vision"): ("vision_encoder/siglip_encoder/",),
+    },
+    "decoder2": {("hf", "text"): ("model.decoder.", "decoder."), ("flax", "text"): ("decoder/",)},
     "siglip": {
         ("hf", "vision"): ("", "vision_model.", "vision_tower.vision_model.", "vision_tower.", "model.vision_tower."),
         ("npz", "vision"): ("params/img/", "img/", "params/", ""),
@@ -345,6 +367,15 @@ TIED_COPIES = {
     "gguf": ("output.weight",),
 }
 
+# Likewise in a T5Gemma 2, by the canonical tensor that they hold a copy of.
+SHARED = {
+    "hf": {
+        "lm_head.out_proj.weight": "encoder.embed",
+        "model.decoder.embed_tokens.weight": "encoder.embed",
+        "model.decoder.embed_tokens.eoi_embedding": "encoder.embed.eoi",
+    },
+}
+
 # Names that carry no weight: rotary tables and position counters that older writers stored.
 IGNORED = {
     "hf": (r".*\.rotary_emb(_local)?\.inv_freq", r"(.*\.)?embeddings\.position_ids"),
@@ -354,7 +385,7 @@ IGNORED = {
 
 # Names that belong to images, whatever the configuration: `text_only` skips them.
 VISION_NAMES = {
-    "hf": r"(model\.)?(vision_tower|multi_modal_projector)\..*",
+    "hf": r"(model\.)?(encoder\.)?(vision_tower|multi_modal_projector)\..*",
     "flax": r"vision_encoder/.*|embedder/mm_.*",
     "ckpt": r"siglip_vision_model\..*|mm_.*",
     "npz": r"(params/)?img/.*",

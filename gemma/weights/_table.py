@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
 
-from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig
+from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5Gemma2Config, T5GemmaConfig
 from gemma.errors import ConfigError
 from gemma.weights import _rows as rows
+from gemma.weights import _rows_newer as newer_rows
 from gemma.weights import _rows_vision as vision_rows
 from gemma.weights._axes import shape_of, sharding_of
 
@@ -90,7 +92,7 @@ class _Side:
 
 _COLUMN = re.compile(
     r"(?:(?P<flag>!?\w+)\? )?(?P<name>[^ ]+)(?: \[(?P<index>[i0-9,]+)\])?(?: <(?P<rows>[^>]+)>)?"
-    r"(?: (?P<axes>[A-Z1(][^+]*?))?(?P<one> \+1)?"
+    r"(?: (?P<axes>[A-Za-z1(][^+]*?))?(?P<one> \+1)?"
 )
 
 
@@ -122,7 +124,8 @@ class _Place:
 
     def at(self, layer: int) -> Slot:
         index = tuple(layer if i == "i" else int(i) for i in self.index)
-        return Slot(self.name.replace("{i}", str(layer)), self.axes, index, self.rows, self.shape, self.offset)
+        name = self.name.replace("{i}", str(layer)).replace("{i+2}", str(layer + 2))
+        return Slot(name, self.axes, index, self.rows, self.shape, self.offset)
 
 
 def _place(column: str, row: rows.Row, side: _Side, format: str) -> _Place | None:
@@ -152,7 +155,19 @@ def _rows_written(side: _Side, format: str) -> int:
     )
 
 
-def _expand(side: _Side, table: tuple[rows.Row, ...], layers: int | None = None) -> Iterator[Tensor]:
+def _expand(side: _Side, table: tuple[rows.Row, ...]) -> Iterator[Tensor]:
+    """The tensors of rows that stand once."""
+    yield from _at(_ready(side, table), 0)
+
+
+def _expand_layers(side: _Side, table: tuple[rows.Row, ...], layers: int) -> Iterator[Tensor]:
+    ready = _ready(side, table)
+    for layer in range(layers):
+        yield from _at(ready, layer)
+
+
+def _ready(side: _Side, table: tuple[rows.Row, ...]) -> list[tuple]:
+    """What of the rows does not depend on the number of the layer."""
     ready = []
     for row in table:
         if not row.when or row.when in side.flags:
@@ -160,26 +175,45 @@ def _expand(side: _Side, table: tuple[rows.Row, ...], layers: int | None = None)
             dims = {letter: size for letter, size in side.dims.items() if letter in row.axes}
             known = {format: place for format, place in places.items() if place is not None}
             ready.append((side.prefix + row.name, row, dims, shape_of(row.axes, dims), known))
-    for layer in range(1 if layers is None else layers):
-        for name, row, dims, shape, places in ready:
-            slots = {format: place.at(layer) for format, place in places.items()}
-            yield Tensor(name.replace("{i}", str(layer)), row.axes, dims, shape, row.part, slots)
+    return ready
+
+
+def _at(ready: list[tuple], layer: int) -> Iterator[Tensor]:
+    for name, row, dims, shape, places in ready:
+        slots = {format: place.at(layer) for format, place in places.items()}
+        yield Tensor(name.replace("{i}", str(layer)), row.axes, dims, shape, row.part, slots)
 
 
 def _text_side(config: GemmaConfig, family: str, formats: str, prefix: str = "", *flags: str, **dims: int) -> _Side:
-    spec = config.layers[0]
-    kinds = {(s.num_heads, s.num_kv_heads, s.head_dim, s.mlp_size, s.qk_norm) for s in config.layers}
-    if len(kinds) > 1 or any(s.kv_source != s.index for s in config.layers):
-        raise ConfigError("layers of different sizes, or that share keys and values, have no rows in the weight table")
+    """One decoder or encoder; its flags and sizes are those of the first layer, see `_layer_side` for the others."""
     on = set(flags)
     on |= {"post_norms"} if config.use_post_norms else set()
-    on |= {"qk_norm"} if config.use_qk_norm else set()
     on |= set() if config.tie_word_embeddings else {"untied"}
-    on |= {"mha"} if spec.num_heads == spec.num_kv_heads else set()
     on |= {"transposed"} if config.transpose_gating_einsum else set()
-    sizes = dict(V=config.vocab_size, D=config.hidden_size, N=spec.num_heads, K=spec.num_kv_heads, H=spec.head_dim)
-    sizes |= dict(F=spec.mlp_size) | dims
-    return _Side(family, frozenset(formats.split()), frozenset(on), sizes, prefix, config.table_rows)
+    on |= set() if config.norm_plus_one else {"plain_norms"}
+    sizes = dict(V=config.vocab_size, D=config.hidden_size, L=config.num_hidden_layers, d=config.hidden_size)
+    sizes |= dims
+    side = _Side(family, frozenset(formats.split()), frozenset(on), sizes, prefix, config.table_rows)
+    return _layer_side(side, config.layers[0])
+
+
+def _layer_side(side: _Side, spec: LayerSpec) -> _Side:
+    """The same side with the flags and sizes of one layer."""
+    said = dict(own_k=not spec.shares_kv, own_v=not (spec.shares_kv or spec.keys_as_values), qk_norm=spec.qk_norm)
+    said |= dict(own_k_norm=spec.qk_norm and not spec.shares_kv, mha=spec.fused_qkv, k_is_v=spec.keys_as_values)
+    said |= dict(laurel=spec.laurel_rank is not None, layer_scale=spec.layer_scale, experts=spec.experts is not None)
+    said |= dict(altup=spec.altup is not None, per_layer=spec.per_layer_input is not None)
+    said |= dict(altup_scale=spec.altup is not None and spec.altup.correct_scale)
+    sizes = dict(N=spec.num_heads, K=spec.num_kv_heads, H=spec.head_dim, F=spec.mlp_size)
+    if spec.altup is not None:
+        sizes |= dict.fromkeys("abc", spec.altup.num_inputs)
+    if spec.experts is not None:
+        sizes |= dict(e=spec.experts.num_experts, f=spec.experts.intermediate_size, g=2)
+    sizes |= {
+        letter: size for letter, size in (("p", spec.per_layer_input), ("r", spec.laurel_rank)) if size is not None
+    }
+    flags = (side.flags - set(said)) | {name for name, on in said.items() if on}
+    return dataclasses.replace(side, flags=flags, dims={**side.dims, **sizes})
 
 
 def _vision_side(config: SiglipVisionConfig, family: str, formats: str, width: int, *flags: str) -> _Side:
@@ -191,27 +225,40 @@ def _vision_side(config: SiglipVisionConfig, family: str, formats: str, width: i
     )
 
 
-def _decoder(side: _Side, layers: int, cross: bool = False) -> Iterator[Tensor]:
-    block = rows.TEXT_LAYER + (rows.CROSS_LAYER if cross else ()) + rows.MLP_LAYER
-    yield from _expand(side, rows.TEXT_TOP)
-    yield from _expand(side, block, layers)
+def _decoder(side: _Side, config: GemmaConfig, cross: bool = False) -> Iterator[Tensor]:
+    block = rows.TEXT_LAYER + (rows.CROSS_LAYER if cross else ()) + rows.MLP_LAYER + newer_rows.LAYER
+    yield from _expand(side, rows.TEXT_TOP + newer_rows.TOP)
+    kinds: dict[tuple, list[tuple]] = {}
+    for spec in config.layers:
+        its = _layer_side(side, spec)
+        kind = (its.flags, tuple(its.dims.items()))
+        if kind not in kinds:
+            kinds[kind] = _ready(its, block)
+        yield from _at(kinds[kind], spec.index)
+    for stream in range(config.altup.num_inputs - 1 if config.altup is not None else 0):
+        yield from _at(_ready(side, newer_rows.STREAMS), stream)
     yield from _expand(side, rows.TEXT_END)
+    widths = (config.hidden_size, *config.embedding_dense)
+    for number, (before, after) in enumerate(itertools.pairwise(widths)):
+        dense = dataclasses.replace(side, dims={**side.dims, "j": before, "o": after})
+        yield from _at(_ready(dense, newer_rows.DENSE), number)
 
 
 def _tower(side: _Side, layers: int) -> Iterator[Tensor]:
     yield from _expand(side, vision_rows.VISION_TOP)
-    yield from _expand(side, vision_rows.VISION_LAYER, layers)
+    yield from _expand_layers(side, vision_rows.VISION_LAYER, layers)
     yield from _expand(side, vision_rows.VISION_END + vision_rows.VISION_HEAD)
 
 
 def _gemma(config: GemmaConfig) -> Iterator[Tensor]:
     if config.vision is None:
-        family = "base" if config.use_bidirectional_attention else "text"
-        yield from _decoder(_text_side(config, family, "hf flax gguf ckpt sbs"), config.num_hidden_layers)
+        formats = "hf flax gguf ckpt sbs" if config.is_classic and not config.embedding_dense else "hf flax"
+        vocabulary = dict(v=config.vocab_size_per_layer_input or config.vocab_size)
+        yield from _decoder(_text_side(config, family(config, ""), formats, **vocabulary), config)
         return
     side = _text_side(config, "multimodal", "hf flax gguf ckpt sbs")
     tower = _vision_side(config.vision, "multimodal", "hf flax ckpt", config.hidden_size)
-    yield from _decoder(side, config.num_hidden_layers)
+    yield from _decoder(side, config)
     yield from _tower(tower, config.vision.num_hidden_layers)
     yield from _expand(tower, rows.GEMMA3_MM)
 
@@ -224,7 +271,7 @@ def _paligemma(config: PaliGemmaConfig) -> Iterator[Tensor]:
             f"(text_config.hidden_size), got {config.projection_dim}"
         )
     tower = _vision_side(vision, "multimodal", "hf npz", text.hidden_size, "stacked")
-    yield from _decoder(_text_side(text, "multimodal", "hf npz"), text.num_hidden_layers)
+    yield from _decoder(_text_side(text, "multimodal", "hf npz"), text)
     yield from _tower(tower, vision.num_hidden_layers)
     yield from _expand(tower, rows.PALIGEMMA_MM)
 
@@ -232,17 +279,32 @@ def _paligemma(config: PaliGemmaConfig) -> Iterator[Tensor]:
 def _t5gemma(config: T5GemmaConfig) -> Iterator[Tensor]:
     encoder, decoder = config.encoder, config.decoder
     headless = dataclasses.replace(encoder, tie_word_embeddings=True)  # the only head is the decoder's
-    yield from _decoder(_text_side(headless, "encoder", "hf flax", "encoder.", "t5"), encoder.num_hidden_layers)
+    yield from _decoder(_text_side(headless, "encoder", "hf flax", "encoder.", "t5"), encoder)
     side = _text_side(decoder, "decoder", "hf flax", "decoder.", "t5", Z=encoder.hidden_size)
-    yield from _decoder(side, decoder.num_hidden_layers, cross=True)
+    yield from _decoder(side, decoder, cross=True)
+
+
+def _t5gemma2(config: T5Gemma2Config) -> Iterator[Tensor]:
+    encoder, decoder = config.encoder, config.decoder
+    side = _text_side(encoder, "encoder2", "hf flax", "encoder.", "t5", "eoi")
+    yield from _decoder(side, encoder)
+    side = _text_side(decoder, "decoder2", "hf flax", "decoder.", "t5")
+    yield from (tensor for tensor in _decoder(side, decoder) if tensor.part != "embed")  # the table is the encoder's
+    if encoder.vision is not None:
+        tower = _vision_side(encoder.vision, "encoder2", "hf flax", encoder.hidden_size)
+        yield from _tower(tower, encoder.vision.num_hidden_layers)
+        yield from _expand(tower, rows.GEMMA3_MM)
 
 
 def family(config: AnyConfig, name: str) -> str:
     """The key of `ROOTS` that says where the names of a canonical tensor may start."""
+    if isinstance(config, T5Gemma2Config):
+        return "decoder2" if name.startswith("decoder.") else "encoder2"
     if isinstance(config, T5GemmaConfig):
         return name.split(".", 1)[0]
     if isinstance(config, GemmaConfig) and config.vision is None:
-        return "base" if config.use_bidirectional_attention else "text"
+        newer = "newer" if not config.is_classic else "text"
+        return "base" if config.use_bidirectional_attention else newer
     return "siglip" if isinstance(config, SiglipVisionConfig) else "multimodal"
 
 
@@ -261,6 +323,8 @@ def tensors(config: AnyConfig) -> tuple[Tensor, ...]:
         found = _tower(side, config.num_hidden_layers)
     elif isinstance(config, PaliGemmaConfig):
         found = _paligemma(config)
+    elif isinstance(config, T5Gemma2Config):
+        found = _t5gemma2(config)
     elif isinstance(config, T5GemmaConfig):
         found = _t5gemma(config)
     elif isinstance(config, GemmaConfig):

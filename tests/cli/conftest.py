@@ -64,8 +64,9 @@ class Fake:
                 return ids[done] if done < len(ids) else ids[0]
         raise AssertionError("unreachable: done = 0 always matches")
 
-    def open(self, name, *, backend="jax", dtype="float32"):
-        self.opened = (name, backend, dtype)
+    def open(self, name, **options):
+        self.opened = (name, options["backend"], options["dtype"])
+        self.options = options
         return _backend.Opened(name, Path("fake"), self.tokenizer, self.config, _backend.RunnerModel(self.runner))
 
 

@@ -34,7 +34,7 @@ REAL = [
     ("generate hello --model {empty_gguf}", "empty.gguf", b""),
     ("generate hello --model {notes_txt}", "notes.txt", b""),
     ("generate hello --model ", "expected a model, got an empty name", b""),
-    ("generate hello --backend cuda", "--backend: expected one of jax, torch, got 'cuda'", b""),
+    ("generate hello --backend cuda", "--backend: expected one of auto, cpu, jax, torch, got 'cuda'", b""),
     ("generate hello --dtype int3", "--dtype: expected one of float32, bfloat16, float16, got 'int3'", b""),
     ("chat --model {here}/missing", "missing: no such file or folder", b"hi\n"),
     ("inspect {here}/missing.gguf", "missing.gguf: no such file or folder", b""),

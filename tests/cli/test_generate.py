@@ -91,7 +91,7 @@ def test_json(cli, fake):
     result = cli("generate", PROMPT, "--json", "--model", "some/model", "--dtype", "bfloat16")
     data = json.loads(result.out)
     assert result.out.count("\n") == 1 and result.err == ""
-    assert double.opened == ("some/model", "jax", "bfloat16")
+    assert double.opened == ("some/model", "auto", "bfloat16")
     ids = double.tokenizer.encode(" of.")
     timings = data.pop("timings")
     assert set(timings) == {"load", "prompt", "decode", "tokens_per_second"}

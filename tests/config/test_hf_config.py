@@ -11,13 +11,21 @@ from hf_tiny_oracles import BUILD
 from published import PUBLISHED
 from transformers import AutoConfig
 
-from gemma.config import PRESETS, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig, text_only
+from gemma.config import (
+    PRESETS,
+    GemmaConfig,
+    PaliGemmaConfig,
+    SiglipVisionConfig,
+    T5Gemma2Config,
+    T5GemmaConfig,
+    text_only,
+)
 from gemma.errors import ConfigError
 from gemma.hf_config import read_config, write_config
 from gemma.testing import tiny_config
 
 ORACLES = ("gemma1", "gemma2", "gemma3_text", "embeddinggemma", "gemma3")
-ORACLES += ("paligemma1", "paligemma2", "t5gemma", "t5gemma_unbalanced", "siglip")
+ORACLES += ("paligemma1", "paligemma2", "t5gemma", "t5gemma_unbalanced", "t5gemma2", "siglip")
 
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 SAME += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "bos_token_id", "pad_token_id")
@@ -81,9 +89,13 @@ def agree(theirs, ours: GemmaConfig) -> None:
 def test_transformers_reads_what_we_write(name):
     ours = PRESETS[name]
     theirs = hf_of(write_config(ours))
-    if isinstance(ours, GemmaConfig):
+    if isinstance(ours, GemmaConfig) and ours.is_classic:  # of Gemma 3n and 4: test_hf_config_newer.py
         agree(theirs.text_config if ours.vision else theirs, ours)
-    if isinstance(ours, T5GemmaConfig):
+    if isinstance(ours, T5Gemma2Config):
+        agree(theirs.encoder.text_config, ours.encoder)
+        agree(theirs.decoder, ours.decoder)
+        assert theirs.eoi_token_index == theirs.encoder.eoi_token_index == 256000
+    elif isinstance(ours, T5GemmaConfig):
         agree(theirs.encoder, ours.encoder)
         agree(theirs.decoder, ours.decoder)
         assert theirs.decoder.cross_attention_hidden_size == ours.encoder.hidden_size
@@ -110,7 +122,8 @@ def test_oracle_configurations(name):
         assert ours == SiglipVisionConfig(48, 80, 2, 4, 3, 56, 14)
     elif isinstance(ours, T5GemmaConfig):
         for side in ("encoder", "decoder"):
-            agree(getattr(theirs, side), getattr(ours, side))
+            section = getattr(theirs, side)
+            agree(getattr(section, "text_config", section), getattr(ours, side))
             assert getattr(ours, side).sliding_window == 5
     elif isinstance(ours, GemmaConfig):
         agree(theirs.text_config if ours.vision else theirs, ours)

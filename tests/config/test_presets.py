@@ -30,6 +30,12 @@ PUBLISHED = {
     "gemma3_12b": 12_187_325_040,
     "gemma3_27b": 27_432_406_640,
     "embeddinggemma_300m": 302_863_104,
+    "gemma3n_e2b": 4_435_182_688,
+    "gemma3n_e4b": 6_835_235_568,
+    "gemma4_e2b": 4_628_569_344 + 35,  # one scale for each layer, which transformers keeps as a buffer
+    "gemma4_e4b": 7_463_013_376 + 42,
+    "gemma4_31b": 30_697_345_280 + 60,
+    "gemma4_26b_a4b": 25_233_141_760 + 30,
     "paligemma_3b_224": 2_923_466_480,
     "paligemma_3b_448": 2_924_351_216,
     "paligemma_3b_896": 2_927_890_160,
@@ -44,6 +50,9 @@ PUBLISHED = {
     "t5gemma_2b_2b": 5_596_853_760,
     "t5gemma_9b_2b": 12_292_375_296,
     "t5gemma_9b_9b": 20_333_401_088,
+    "t5gemma2_270m_270m": 786_029_296,
+    "t5gemma2_1b_1b": 2_115_977_456,
+    "t5gemma2_4b_4b": 7_508_928_880,
 }
 # name: (layers, local layers, window, local base, global base, global scale, query scale, attention cap)
 LAYERS = {

@@ -6,19 +6,12 @@ Whoever builds a part removes its line here.
 import pytest
 
 OPEN = {
-    "LoRA and quantization": [
-        "test_002_public_names[nn-LoRA]",
-        "test_002_public_names[nn-QuantizationAwareWrapper]",
-        "test_002_public_names[nn-IntWrapper]",
-        "test_002_named_modules[gemma.peft]",
-    ],
     "training": [
         "test_002_public_names[nn-AnchoredPolicy]",
         "test_002_public_names[data-",
         "test_002_public_names[losses-",
         "test_002_public_names[evals-",
     ],
-    "T5Gemma": ["test_002_named_modules[gemma.research.t5gemma]"],
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,14 @@ def test_the_users_own_method_never_repeats():
     assert len(seen) == len(set(seen)) > 4
 
 
+def test_lora(capsys):
+    guide("lora").main(["--max-new-tokens", "4"])
+    said = capsys.readouterr().out
+    assert "7,584 numbers in the adapters" in said
+    assert float(re.search(r"logits differ by (.*)", said)[1]) < 1e-5
+    assert "14 adapted matrices: adapter, adapter.gguf" in said and said.count("next token") == 3
+
+
 def test_multimodal(capsys):
     guide("multimodal").main(["--max-new-tokens", "4"])
     said = capsys.readouterr().out
@@ -89,6 +98,14 @@ def test_sharding():
     assert done.stdout.count("the texts of one device: True") == 2
     assert done.stdout.count("(2, 72, 24) on each") == 1  # the heads in two parts
     assert done.stdout.count("one device holds 100%") == 0
+
+
+def test_search(capsys):
+    guide("search").main(["--dim", "16"])
+    said = capsys.readouterr().out
+    assert said.count("0.") >= 4 and "question: Which planet" in said
+    assert "alone the same: True" in said and "16 of 32 numbers: (4, 16)" in said
+    assert "each text is nearest to itself: True" in said
 
 
 def test_every_guide_is_run():

@@ -24,7 +24,7 @@ from parity_harness import BASES, TOLERANCE, gap, nest, pair, ragged
 from test_hf import Cached, allowance
 
 from gemma import gm
-from gemma.gm.nn import _cache, _modules, _plan, _transformer
+from gemma.gm.nn import _attention, _cache, _plan, _transformer
 
 IDS = ragged((19,))[0]  # [1, 19]: almost four windows long
 
@@ -351,7 +351,7 @@ class StoresUnrotated:
 
     def store(self, cache, k, v):
         seen_k, seen_v, _ = self.plan.write.store(cache, k, v)
-        plain = _modules.rotate(k, -self.plan.sin, self.plan.cos)
+        plain = _attention.rotate(k, -self.plan.sin, self.plan.cos)
         return seen_k, seen_v, self.plan.write.store(cache, plain, v)[2]
 
 

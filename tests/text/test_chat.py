@@ -228,6 +228,8 @@ def test_loss_begins_with_the_text_where_newlines_merge(tmp_path_factory):
         ("gemma2_9b", "gemma2"),
         ("gemma3_270m", "gemma3"),
         ("gemma3_4b", "gemma3"),
+        ("gemma3n_e2b", "gemma3"),
+        ("gemma4_e2b", "gemma4"),
         ("t5gemma_2b_2b", "gemma2"),
     ],
 )

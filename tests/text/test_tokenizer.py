@@ -437,7 +437,7 @@ def test_the_double_of_the_tokenizer_has_its_interface():
     """`ByteTokenizer` stands in for a Tokenizer: whatever is public here but is not there must be known here."""
     public = {name for name in dir(Tokenizer) if not name.startswith("_")}
     missing = public - set(dir(ByteTokenizer()))
-    assert missing <= {"from_file", "from_source", "split", "explain", "with_spellings"}
+    assert missing <= {"from_file", "from_source", "from_checkpoint", "split", "explain", "with_spellings"}
     assert isinstance(ByteTokenizer().special, SpecialTokens)
 
 

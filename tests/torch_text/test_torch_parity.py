@@ -16,6 +16,7 @@ from torch_harness import cache, fed, logits, model
 
 from gemma._torch.load import without_values
 from gemma.config import PRESETS, GemmaConfig, text_only
+from gemma.errors import UnsupportedError
 from gemma.hf_config import read_config
 from gemma.modeling_gemma import GemmaForCausalLM, GemmaModel
 from gemma.weights import tensors
@@ -120,7 +121,7 @@ def test_bfloat16_is_near_float32():
 
 # ---- counts and configurations, nothing is computed -----------------------------------------------------------------
 
-TEXT_PRESETS = [name for name, config in PRESETS.items() if isinstance(config, GemmaConfig)]
+TEXT_PRESETS = [name for name, config in PRESETS.items() if isinstance(config, GemmaConfig) and config.is_classic]
 
 
 @pytest.mark.parametrize("name", TEXT_PRESETS)
@@ -133,6 +134,12 @@ def test_parameter_count_and_names(name):
     assert own == {tensor.slots["hf"].name: tensor.shape for tensor in tensors(config)}
     assert set(own) == set(network.state_dict())  # no buffer, nothing twice
     assert sum(parameter.numel() for parameter in network.parameters()) == config.num_parameters
+
+
+@pytest.mark.parametrize("name", ["gemma3n_e2b", "gemma4_31b"])
+def test_newer_generations_are_refused(name):
+    with pytest.raises(UnsupportedError, match="Gemma 3n and 4 run in JAX"), without_values():
+        GemmaForCausalLM(PRESETS[name])
 
 
 def test_an_untied_head():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig
+from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5Gemma2Config, T5GemmaConfig
 from gemma.testing import tiny_config
 
 # Every size differs from every other, so that no transposition can pass unseen. E = 48 is 4 heads of 12.
@@ -39,6 +39,9 @@ FAMILIES: dict[str, GemmaConfig | PaliGemmaConfig | T5GemmaConfig | SiglipVision
         tiny_config("gemma2", **_SIDE | dict(hidden_size=88, num_hidden_layers=3, num_key_value_heads=4)),
         tiny_config("gemma2", **_SIDE),
     ),
+    "t5gemma2": T5Gemma2Config(
+        tiny_config("gemma3", num_hidden_layers=2, vision=TOWER), tiny_config("gemma3", num_hidden_layers=3)
+    ),
     "siglip": TOWER,
     "siglip-head": ALONE,
 }
@@ -56,6 +59,7 @@ WHOLE = {
     "paligemma2": ("hf", "npz"),
     "t5gemma": ("hf", "flax"),
     "t5gemma-unbalanced": ("hf", "flax"),
+    "t5gemma2": ("hf", "flax"),
     "siglip": ("hf", "flax", "npz"),
     "siglip-head": ("hf", "flax", "npz"),
 }

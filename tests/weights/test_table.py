@@ -9,7 +9,7 @@ import re
 import pytest
 from families import FAMILIES, PAIRS, WHOLE
 
-from gemma.config import PRESETS, GemmaConfig, PaliGemmaConfig, T5GemmaConfig
+from gemma.config import PRESETS, GemmaConfig, PaliGemmaConfig, T5Gemma2Config, T5GemmaConfig
 from gemma.errors import ConfigError
 from gemma.weights import FORMATS, expected, tensors
 from gemma.weights._axes import shape_of
@@ -217,5 +217,5 @@ def test_refusals(config, format, what):
         expected(config, format)
 
 
-def test_the_three_kinds_of_presets_are_all_there():
-    assert {type(c) for c in PRESETS.values()} == {GemmaConfig, PaliGemmaConfig, T5GemmaConfig}
+def test_the_kinds_of_presets_are_all_there():
+    assert {type(c) for c in PRESETS.values()} == {GemmaConfig, PaliGemmaConfig, T5GemmaConfig, T5Gemma2Config}

@@ -142,7 +142,7 @@ def _looks_like_gemma(shapes: Iterable[str]) -> bool:
 
 def _is_other_member(shapes: Iterable[str]) -> bool:
     """Whether the tree has parts that only newer members have, such as the extra streams of Gemma 3n."""
-    return any(re.search(r"(^|/)(altup|laurel|per_layer|skip_scale)", name) for name in shapes)
+    return any(re.search(r"(^|/)(altup|laurel|per_layer|skip_scale|eoi_embedding)", name) for name in shapes)
 
 
 # ---- sizes from shapes -------------------------------------------------------------------------------------------------
@@ -176,7 +176,8 @@ def _from_shapes(shapes: Shapes) -> GemmaConfig | T5GemmaConfig | None:
     """A configuration of the sizes that the leaves show; None if they do not show them."""
     if all(any(name.startswith(f"{side}/") for name in shapes) for side in _SIDES):
         sides = [_decoder({n.split("/", 1)[1]: s for n, s in shapes.items() if n.startswith(f"{p}/")}) for p in _SIDES]
-        return None if None in sides else T5GemmaConfig(*sides)
+        shared = any(name.startswith("embedder/") for name in shapes)  # a T5Gemma 2: two decoders without a table
+        return None if shared or None in sides else T5GemmaConfig(*sides)
     return _decoder(shapes)
 
 

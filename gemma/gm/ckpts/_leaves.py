@@ -87,7 +87,7 @@ class TableLeaf(Leaf):
     """
 
     def __init__(self, name: str, parts: Sequence[tuple[weights.Tensor, Any]], as_stored: bool = False):
-        self.name, self._slots = name, parts
+        self.name, self.slots = name, parts
         self.shape = parts[0][0].slots["flax"].shape
         stored = {reader.dtype for _, reader in parts}
         plain = _orbax.DTYPES.get(stored.pop()) if len(stored) == 1 else None
@@ -96,7 +96,7 @@ class TableLeaf(Leaf):
 
     def fill(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
         assert not index, "tensors of this file are read whole"
-        for tensor, reader in self._slots:
+        for tensor, reader in self.slots:
             slot = tensor.slots["flax"]
             part = out[slot.index] if slot.index else out
             if slot.rows is not None:
@@ -110,9 +110,9 @@ class TableLeaf(Leaf):
 
     def runs(self, dtype: np.dtype) -> Iterator[np.ndarray]:
         """A vocabulary table comes in runs: as a whole it would be half of a small model."""
-        (tensor, reader), slot = self._slots[0], self._slots[0][0].slots["flax"]
+        (tensor, reader), slot = self.slots[0], self.slots[0][0].slots["flax"]
         table = tensor.axes[0] == "V" and slot.axes == tensor.axes and not slot.index and slot.rows is None
-        if len(self._slots) > 1 or not table or not isinstance(reader, TensorReader):
+        if len(self.slots) > 1 or not table or not isinstance(reader, TensorReader):
             yield from super().runs(dtype)
             return
         rows = min(self.shape[0], tensor.shape[0])
@@ -181,13 +181,13 @@ def grouped(tensors: Iterable[tuple[weights.Tensor, Any]], *, as_stored: bool = 
     return {name: TableLeaf(name, found, as_stored) for name, found in parts.items()}
 
 
-def gemma_config(checkpoint: Checkpoint) -> configs.GemmaConfig:
+def gemma_config(checkpoint: Checkpoint) -> configs.GemmaConfig | configs.T5GemmaConfig:
     """The configuration of a checkpoint that goes through the table."""
     config = checkpoint.config()
-    if not isinstance(config, configs.GemmaConfig):
+    if not isinstance(config, (configs.GemmaConfig, configs.T5GemmaConfig)):
         raise UnsupportedError(
             f"{checkpoint.path}: holds a {type(config).__name__.removesuffix('Config')} model; gm.ckpts reads Gemma "
-            f"text models and Gemma 3"
+            f"text models, Gemma 3 and T5Gemma"
         )
     return config
 

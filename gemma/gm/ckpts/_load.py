@@ -22,7 +22,9 @@ from gemma import hub
 from gemma.errors import CheckpointError, UnsupportedError, WeightsMismatch
 from gemma.gm.ckpts import _detect, _quantization
 from gemma.gm.ckpts._leaves import VISION, Leaf, aligned_empty, known_config, leaves_of
+from gemma.gm.ckpts._load_packed import KEEP, packed_leaves, recipe_of
 from gemma.gm.ckpts._orbax import flatten, open_checkpoint
+from gemma.gm.nn._packed import Packed
 from gemma.gm.typing import DType, Params
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -35,9 +37,10 @@ def load_params(
     donate: bool = True,
     text_only: bool = False,
     sharding: Any = None,
-    quantize: bool = False,
+    quantize: bool | str = False,
     dtype: DType | None = None,
     config: _detect.AnyConfig | None = None,
+    importance: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Reads a checkpoint into a nested parameter tree.
 
@@ -49,12 +52,16 @@ def load_params(
       text_only: leave the vision tower in the file.
       sharding: where the arrays live: one `jax.sharding.Sharding`, a tree of them, which may end above the leaves, or a
         strategy of `gm.sharding`. From an Orbax folder each device reads only its part.
-      quantize: name the kernels as official quantization-aware training does (`_quantization.qat_name`). With `params`
-        their names decide: the tree of `gm.nn.QuantizationAwareWrapper` is the plain one.
+      quantize: a recipe: the matrices come packed (`PackedArray` leaves) and the same networks run them so. "int4",
+        "int8", "sfp8", a `gemma.peft.QuantizationMethod`, a mix as of `gemma quantize` ("q4_0", "q4_k_m", ...), or
+        "keep", which takes the types of the file as they are. What has its type already keeps its bytes. True: not
+        packed, but the kernels named as official quantization-aware training does (`_quantization.qat_name`); with
+        `params` their names decide: the tree of `gm.nn.QuantizationAwareWrapper` is the plain one.
       dtype: float32, bfloat16 or float16 for the float parameters of the text model. None: as stored, but float32 for
         packed types and for float16 in files that are not Orbax, since Gemma's activations overflow in it. What belongs
         to vision keeps float32.
       config: of an Orbax folder that does not carry its own and is of no preset's size.
+      importance: for a recipe: canonical tensor name to float32 [inputs] (`gemma.imatrix`).
 
     Returns:
       The tree of `gm.nn`, for example `layer_0/attn/q_einsum/w` [N, D, H]. The table of a Gemma 1 or 2 has 256,128 rows
@@ -65,9 +72,12 @@ def load_params(
       CheckpointNotFound, FormatError, WeightsMismatch: nothing there, a broken file, the wrong tensors.
       HubError: a `CheckpointPath` that is not here and cannot be downloaded.
       UnsupportedError: a model without a JAX network, float16 for Gemma 3.
-      CheckpointError: (a ValueError) arguments that exclude each other.
+      CheckpointError: (a ValueError) arguments that exclude each other; weights that cannot be quantized.
+      ConfigError: an unknown recipe. ShapeError: its blocks do not divide the rows of a matrix.
     """
     _check_arguments(params, sharding, dtype, text_only)
+    how = None if isinstance(quantize, bool) or str(quantize).lower() == "none" else recipe_of(quantize)
+    _check_packing(params, how, importance)
     path = hub.resolve(path, download=True)
     like = None if params is None else flatten(params)
     with open_checkpoint(path, config=config) as checkpoint:
@@ -84,6 +94,18 @@ def load_params(
         if callable(sharding):
             sharding = sharding(_shapes(names, leaves))
         tree: dict[str, Any] = {}
+        if how is not None:
+            known = known_config(checkpoint)
+
+            def opened(leaf: Leaf, name: str) -> tuple[Any, Any, Any]:
+                def floats() -> jax.Array:
+                    return read(leaf, name, None, dtype, sharding)
+
+                return chosen_dtype(leaf, dtype), floats, _sharding_of(name, sharding)
+
+            for name, done in packed_leaves(leaves, known, how, importance, opened).items():
+                insert(tree, name, done)
+            return tree
         for name, stored in names.items():
             target = None if like is None else like[name]
             insert(tree, name, read(leaves.pop(stored), name, target, dtype, sharding))
@@ -119,6 +141,16 @@ def _check_arguments(params: Any, sharding: Any, dtype: Any, text_only: bool) ->
         )
     if text_only and VISION in params:
         raise CheckpointError("`text_only=True`, but `params` hold a vision encoder: pass one or the other.")
+
+
+def _check_packing(params: Any, how: str | None, importance: Any) -> None:
+    if params is not None and (how is not None or any(isinstance(leaf, Packed) for leaf in flatten(params).values())):
+        raise CheckpointError(
+            "`params` say dtypes and shardings of floats, and quantize=... makes packed leaves: pass one or the other "
+            "(`dtype` and `sharding` go with both)"
+        )
+    if importance is not None and how in (None, KEEP):
+        raise CheckpointError('`importance` is used while quantizing: pass quantize="q4_k_m" or the like with it')
 
 
 def _is_no_tree(params: Mapping[str, Any]) -> bool:
@@ -166,8 +198,12 @@ def read(leaf: Leaf, name: str, target: Any, dtype: DType | None, sharding: Any)
     if target is not None:
         where = getattr(target, "sharding", None)  # a ShapeDtypeStruct may have none, a numpy array has none
         return leaf.array(np.dtype(target.dtype), where)
-    chosen = leaf.dtype if dtype is None or leaf.of_vision or not leaf.is_float else np.dtype(jnp.dtype(dtype))
-    return leaf.array(chosen, _sharding_of(name, sharding))
+    return leaf.array(chosen_dtype(leaf, dtype), _sharding_of(name, sharding))
+
+
+def chosen_dtype(leaf: Leaf, dtype: DType | None) -> np.dtype:
+    """What a leaf becomes where the argument `dtype` of `load_params` is this."""
+    return leaf.dtype if dtype is None or leaf.of_vision or not leaf.is_float else np.dtype(jnp.dtype(dtype))
 
 
 def _shapes(names: Mapping[str, str], leaves: Mapping[str, Leaf]) -> dict[str, Any]:

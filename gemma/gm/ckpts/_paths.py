@@ -15,12 +15,13 @@ _SIZES = {
     "gemma2": ("2b", "9b", "27b"),
     "gemma3": ("270m", "1b", "4b", "12b", "27b"),
     "gemma3n": ("e2b", "e4b"),
+    "gemma4": ("e2b", "e4b", "31b", "26b-a4b"),
 }
 
 CheckpointPath = enum.StrEnum(
     "CheckpointPath",
     {
-        f"{family}_{size}_{kind}".upper(): f"{OFFICIAL}{family}-{size}-{kind}"
+        f"{family}_{size}_{kind}".upper().replace("-", "_"): f"{OFFICIAL}{family}-{size}-{kind}"
         for family, sizes in _SIZES.items()
         for size in sizes
         for kind in ("pt", "it")

@@ -13,7 +13,7 @@ may stand at different places, padding is not stored, and the masks follow from 
                                                end_index  6            (tokens stored so far, by row)
 
 Per layer, `layer_{i}`: k and v [B, S, K, H], positions int32 [B, S], end_index int32 [B]. K is stored after its norm
-and RoPE. Which keys a query may see is in `_plan.py`.
+and RoPE. Layers that share the keys and values of another one have no entry. Which keys a query may see is in `_plan.py`.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def init_cache(
                 EMPTY if windowed else 0,
             )
             for spec in layers
+            if not spec.shares_kv
         }
         return WindowedCache(cache, cache_length=cache_length) if windowed else cache
 

@@ -7,16 +7,17 @@ given; a parameter that is passed in keeps its own. Axis letters are those of do
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from gemma.errors import ShapeError
+from gemma.gm.nn import _equation
+from gemma.gm.nn._packed import Packed
 from gemma.gm.typing import Array, DType, Float
 
 
@@ -29,7 +30,12 @@ def common_dtype(x: Array, w: Array) -> jnp.dtype:
     return max(x.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
 
 
-def weight_einsum(eqn: str, x: Array, w: Array, *, accumulate: DType | None = None) -> Array:
+def along_last(vector: Float[Array, " D"], x: Float[Array, "*B D"]) -> Array:
+    """A vector with the axes of `x`, of length one but for the last, in the dtype of `x`."""
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def weight_einsum(eqn: str, x: Array, w: Array | Packed, *, accumulate: DType | None = None) -> Array:
     """`jnp.einsum(eqn, x, w)`; every product with a weight goes through here.
 
     The weight is only reshaped, never transposed: XLA would otherwise copy the whole of it in every decoding step.
@@ -37,15 +43,17 @@ def weight_einsum(eqn: str, x: Array, w: Array, *, accumulate: DType | None = No
     Args:
       eqn: the equation, activations first.
       x: activations.
-      w: weight.
+      w: weight, an array or packed.
       accumulate: dtype of the sum and of the result; None: the dtype of the operands.
 
     Raises:
       ShapeError: (a ValueError) the axes that are summed over differ in size.
     """
+    if isinstance(w, Packed):
+        return w.einsum(eqn, x, accumulate=accumulate)
     dtype = common_dtype(x, w)
     x, w = x.astype(dtype), w.astype(dtype)
-    roles = _roles(eqn)
+    roles = _equation.roles(eqn)
     if roles is None:
         return jnp.einsum(eqn, x, w, preferred_element_type=accumulate)
     lead, contracted, ahead = roles
@@ -93,25 +101,18 @@ def _product(x: Float[Array, "R D"], w: Array, axis: int, accumulate: DType | No
     return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=accumulate)
 
 
-@functools.lru_cache(maxsize=256)
-def _roles(eqn: str) -> tuple[int, int, int] | None:
-    """How the axes of a weight are used, or None where the equation is of another kind.
-
-    Returns:
-      The number of axes of the weight before the summed ones, of the summed ones, and of those that the result names
-      before the rows: "BTD,CKDH->CBTKH" gives (2, 1, 1).
-    """
-    found = re.fullmatch(r"([A-Za-z.]+),([A-Za-z]+)->([A-Za-z.]+)", eqn.replace(" ", ""))
-    if found is None:
-        return None
-    x_axes, w_axes, out_axes = found.groups()
-    summed = "".join(axis for axis in w_axes if axis not in out_axes)
-    rows = x_axes.removesuffix(summed)
-    if not summed or not rows or rows == x_axes or summed not in w_axes or rows not in out_axes:
-        return None
-    lead, _, tail = w_axes.partition(summed)
-    ahead, _, behind = out_axes.partition(rows)
-    return (len(lead), len(summed), len(ahead)) if ahead + behind == lead + tail else None
+def parameter(
+    module: nn.Module, name: str, initializer: Callable[..., Array], shape: tuple[int, ...], dtype: DType
+) -> Any:
+    """`module.param`, for a weight that may be packed: what stands in its place is checked by the shape it stands for."""
+    if module.has_variable("params", name):
+        value = module.get_variable("params", name)
+        if isinstance(value, Packed):
+            if value.shape != tuple(shape):
+                path = "/".join((*module.path, name))
+                raise ShapeError(f"{path}: expected a weight of shape {tuple(shape)}, got {value!r}")
+            return value
+    return module.param(name, initializer, shape, dtype)
 
 
 class Einsum(nn.Module):
@@ -131,7 +132,7 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, eqn: str, x: Array) -> Array:
-        w = self.param(self.weight_name, self.initializer, self.shape, self.dtype or jnp.float32)
+        w = parameter(self, self.weight_name, self.initializer, self.shape, self.dtype or jnp.float32)
         return weight_einsum(eqn, x, w)
 
 
@@ -139,16 +140,27 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm, `x / sqrt(mean(x**2) + eps) * (1 + scale)` over the last axis.
 
     Computed in float32 whatever the dtype of x, and returned in that dtype. Equivalent to Gemma3RMSNorm of Hugging
-    Face transformers.
+    Face transformers, with `plus_one=False` to Gemma3nRMSNorm.
+
+    Attributes:
+      eps: added to the mean square.
+      dtype: in which the scale is created; None: float32.
+      plus_one: False: the factor is `scale` itself, created as ones.
+      with_scale: False: there is no scale.
     """
 
     eps: float = 1e-6
     dtype: DType | None = None
+    plus_one: bool = True
+    with_scale: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],), self.dtype or jnp.float32)
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        scale = (1 + scale.astype(jnp.float32)).reshape((1,) * (x.ndim - 1) + (-1,))
+        if not self.with_scale:
+            return (wide * inverse).astype(x.dtype)
+        initializer = nn.initializers.zeros_init() if self.plus_one else nn.initializers.ones_init()
+        scale = self.param("scale", initializer, (x.shape[-1],), self.dtype or jnp.float32).astype(jnp.float32)
+        scale = (1 + scale if self.plus_one else scale).reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * inverse * scale).astype(x.dtype)

@@ -5,7 +5,8 @@ A step of a Gemma has at most two kinds of layer, local and global, so this is d
 layer. Attention is in `_modules.py`, cache layouts are in `_cache.py`, base masks in `gm/utils/_attention_mask.py`.
 
 A query at position q sees the key at position p iff the base mask allows it and, on a local layer with window W,
-`p > q - W`; in a bidirectional model (EmbeddingGemma) `|q - p| < W // 2 + 1`. Positions decide, not indices.
+`p > q - W`; in a bidirectional model (EmbeddingGemma) `|q - p| < W // 2 + 1`, or what `LayerSpec.reach` says (the
+encoders of T5Gemma). Positions decide, not indices.
 
 The base mask is causal, and the tokens of one image (a group) see each other in both directions. A chunk holds whole
 images, so groups concern the keys of the chunk only; a cache remembers none of them.
@@ -61,8 +62,9 @@ def plan_layers(
     result = []
     for spec in specs:
         kind = (spec.window, spec.bidirectional, spec.head_dim, spec.rope_base, spec.rope_scale, spec.rope_fraction)
+        kind += (spec.reach,)
         if kind not in plans:
-            layer = None if cache is None else cache[f"layer_{spec.index}"]
+            layer = None if cache is None else cache[f"layer_{spec.kv_source}"]  # a layer that shares has none
             ring = isinstance(cache, _cache.WindowedCache)
             plans[kind] = plan_layer(
                 spec,
@@ -114,7 +116,9 @@ def plan_layer(
             mask = _block_mask(
                 cache["end_index"][0] % key_positions.shape[1], key_positions, positions.shape[1], groups
             )
-    if spec.window is not None:
+    if spec.reach is not None:
+        mask = mask & reach_mask(positions, key_positions, spec.reach)
+    elif spec.window is not None:
         mask = mask & window_mask(positions, key_positions, spec.window, bidirectional=spec.bidirectional)
     return LayerPlan(sin, cos, mask, write)
 
@@ -127,6 +131,12 @@ def window_mask(
     if bidirectional:
         return jnp.abs(distance) < window // 2 + 1
     return distance < window
+
+
+def reach_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"], reach: tuple[int, int]) -> Bool[Array, "B T S"]:
+    """Where a key is at most `reach` = (before, after) positions from a query."""
+    distance = queries[:, :, None] - keys[:, None, :]
+    return (distance <= reach[0]) & (distance >= -reach[1])
 
 
 def _uncached_mask(

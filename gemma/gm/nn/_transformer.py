@@ -19,7 +19,7 @@ from flax import linen as nn
 from gemma.config import GemmaConfig
 from gemma.errors import ConfigError, ContextFull, ShapeError
 from gemma.gm.math import _pos_utils
-from gemma.gm.nn import _cache, _images, _layers, _modules, _plan
+from gemma.gm.nn import _cache, _images, _layers, _modules, _per_layer, _plan, _streams
 from gemma.gm.nn._config import ModelInfo, TransformerConfig
 from gemma.gm.typing import Array, Bool, DType, Float, Int, Sharding, UInt8
 from gemma.gm.utils import _jax_utils
@@ -80,11 +80,21 @@ class Transformer(nn.Module, kw_only=True):
         else:
             self._encoder = encoder.clone(parent=self, name="vision_encoder")
             vision = dict(vision_proj_dim=encoder.width, vision_norm_eps=encoder.siglip_encoder.norm_eps)
-        self.embedder = _modules.Embedder(config.num_embed, config.embed_dim, dtype=self.dtype, **vision)
+        newer = _newer_inputs(config)
+        self.embedder = _modules.Embedder(config.num_embed, config.embed_dim, dtype=self.dtype, **vision, **newer)
         self.blocks = [
             _modules.Block.of(spec, config, dtype=self.dtype, name=f"layer_{spec.index}") for spec in config.layers
         ]
-        self.final_norm = _layers.RMSNorm(eps=config.source.rms_norm_eps, dtype=self.dtype)
+        plus_one = config.source.norm_plus_one
+        self.final_norm = _layers.RMSNorm(eps=config.source.rms_norm_eps, dtype=self.dtype, plus_one=plus_one)
+        self.altup_projections = self._projections("altup_projection")
+        self.altup_unembed_projections = self._projections("altup_unembed_projection")
+
+    def _projections(self, name: str) -> list[_layers.Einsum]:
+        """Square kernels, one for each stream after the first; each is called like its module, as published."""
+        altup, shape = self.config.source.altup, (self.config.embed_dim,) * 2
+        names = [] if altup is None else [f"{name}_{i}" for i in range(altup.num_inputs - 1)]
+        return [_layers.Einsum(shape=shape, weight_name=n, dtype=self.dtype, name=n) for n in names]
 
     def __kontext_keys__(self) -> dict[str, str | None]:
         """Input name to its place in a trainer's batch; kauldron asks for it."""
@@ -149,7 +159,8 @@ class Transformer(nn.Module, kw_only=True):
         if positions is None:
             positions = _positions(valid, cache)
         x = self._embed(tokens, pictures)
-        x, cache = self._decode(x, positions, valid, cache, attention_mask, _images.groups(tokens, pictures))
+        groups = _images.groups(tokens, pictures)
+        x, cache = self._decode(x, positions, valid, cache, attention_mask, groups, tokens)
         x = _last(x, valid) if return_last_only else _images.contract(x, given, pictures, self.config)
         x = self.final_norm(x)
         logits = self._head(x)
@@ -205,7 +216,7 @@ class Transformer(nn.Module, kw_only=True):
         x = self.embedder.encode(jnp.maximum(tokens, 0))
         return _images.merge(x, tokens, soft_tokens)
 
-    def _decode(self, x, positions, valid, cache, mask, groups) -> tuple[Array, _cache.Cache | None]:
+    def _decode(self, x, positions, valid, cache, mask, groups, tokens) -> tuple[Array, _cache.Cache | None]:
         specs = self.config.layers
         plans = _plan.plan_layers(specs, positions=positions, valid=valid, cache=cache, mask=mask, groups=groups)
         if x.dtype == jnp.float16 and self.config.use_qk_norm:
@@ -213,10 +224,25 @@ class Transformer(nn.Module, kw_only=True):
                 "float16 cannot hold the activations of Gemma 3 and later (they exceed 65504 and turn into NaN): use "
                 "bfloat16 or float32 parameters"
             )
-        new = {}
-        for block, plan in zip(self.blocks, plans):
-            layer = None if cache is None else cache[block.name]
-            new[block.name], x = block(x, positions, layer, plan.mask, plan)
+        per_layer = self.embedder.encode_per_layer(tokens, x) if self.embedder.per_layer is not None else None
+        new, shared = {}, {spec.kv_source: None for spec in specs if spec.shares_kv}
+        if self.altup_projections:
+            x = _streams.spread(x, self.altup_projections)
+        for block, spec, plan in zip(self.blocks, specs, plans):
+            layer = None if cache is None or spec.shares_kv else cache[block.name]
+            more = {}
+            if shared or per_layer is not None:
+                kv = shared[spec.kv_source] if spec.shares_kv else None
+                more = dict(
+                    inputs=_per_layer.LayerInputs(kv, None if per_layer is None else per_layer[..., spec.index, :])
+                )
+            stored, x, *kv = block(x, positions, layer, plan.mask, plan, **more)
+            if not spec.shares_kv:
+                new[block.name] = stored
+            if spec.index in shared:
+                shared[spec.index] = kv[0]
+        if self.altup_projections:
+            x = _streams.merge(x, self.altup_unembed_projections)
         if isinstance(cache, _cache.WindowedCache):
             return x, _cache.WindowedCache(new, cache_length=cache.cache_length)
         return x, None if cache is None else new
@@ -227,6 +253,17 @@ class Transformer(nn.Module, kw_only=True):
             return self.embedder.decode(x)
         logits = self.embedder.logits(x)  # float32: the cap is applied before rounding
         return (jnp.tanh(logits / cap) * cap).astype(x.dtype)
+
+
+def _newer_inputs(config: TransformerConfig) -> dict[str, Any]:
+    """What an `Embedder` needs to know for per-layer inputs."""
+    source = config.source
+    if not source.hidden_size_per_layer_input:
+        return {}
+    norm = dict(eps=source.rms_norm_eps, plus_one=source.norm_plus_one)
+    rows = source.vocab_size_per_layer_input or source.vocab_size
+    sizes = dict(vocab_size=rows, num_layers=config.num_layers, width=source.hidden_size_per_layer_input)
+    return dict(per_layer=dict(**sizes, norm=norm))
 
 
 def _integers(name: str, array: Any) -> Array:
@@ -263,10 +300,11 @@ def _flatten(tokens: Array, positions: Any, attention_mask: Any, extra: int):
 
 
 def _check_cache(cache: _cache.Cache, config: TransformerConfig, batch: int) -> None:
-    expected = {f"layer_{i}" for i in range(config.num_layers)}
+    own = [spec.index for spec in config.layers if not spec.shares_kv]
+    expected = {f"layer_{i}" for i in own}
     if set(cache) != expected:
         wrong = sorted(expected ^ set(cache))
-        raise ShapeError(f"cache: expected the layers layer_0 .. layer_{config.num_layers - 1}; these differ: {wrong}")
+        raise ShapeError(f"cache: expected the layers layer_0 .. layer_{own[-1]}; these differ: {wrong}")
     for name, layer in cache.items():
         if layer["k"].shape[0] != batch:
             raise ShapeError(f"cache[{name!r}]: made for {layer['k'].shape[0]} rows, but tokens hold {batch}")

@@ -322,6 +322,8 @@ def grow_cache(cache: WindowedCache, layers: Sequence[Any], length: int) -> Wind
     """
     grown = {}
     for spec in layers:
+        if spec.shares_kv:
+            continue
         layer = cache[f"layer_{spec.index}"]
         more = spec.cache_length(length) - layer["positions"].shape[1]
         pad = ((0, 0), (0, more), (0, 0), (0, 0))

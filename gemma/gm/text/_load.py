@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma import config as configs
-from gemma import hub
+from gemma import hub, peft
+from gemma.adapters import open_adapter
 from gemma.errors import CheckpointError, UnsupportedError
 from gemma.gm import nn
 from gemma.gm.ckpts import _load as ckpts_load
@@ -40,13 +41,22 @@ class LoadedModel:
     path: Path
 
 
-def load_model(path: str | os.PathLike[str], *, dtype: DType = "float32", text_only: bool = True) -> LoadedModel:
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: DType = "float32",
+    text_only: bool = True,
+    adapter: str | os.PathLike[str] | None = None,
+    check_base: bool = True,
+) -> LoadedModel:
     """Opens a checkpoint for generation.
 
     Args:
       path: what `gemma.hub.resolve` takes: a file, a folder, or `demo`.
       dtype: of parameters and activations, float32 or bfloat16 (float16 where the family allows it).
       text_only: leave a vision tower in the file.
+      adapter: a LoRA adapter to fold into the weights: a PEFT folder, or a GGUF adapter.
+      check_base: refuse a base that the adapter was not trained on, where it says which.
 
     Raises:
       CheckpointNotFound, HubError, FormatError, WeightsMismatch: the checkpoint cannot be read.
@@ -60,6 +70,7 @@ def load_model(path: str | os.PathLike[str], *, dtype: DType = "float32", text_o
             kind = type(config).__name__.removesuffix("Config")
             raise UnsupportedError(
                 f"{path}: holds a {kind} model that does not continue text; expected a Gemma decoder"
+                + ("; gemma.research.t5gemma.load_model opens it" if isinstance(config, configs.T5GemmaConfig) else "")
             )
         ckpts_load.check_dtype(dtype, config)
         source = checkpoint.tokenizer_source()
@@ -74,5 +85,7 @@ def load_model(path: str | os.PathLike[str], *, dtype: DType = "float32", text_o
         leaves = ckpts_load.leaves_of(checkpoint, text_only=text_only)  # what `load_params` reads, opened once
         for name in list(leaves):
             ckpts_load.insert(params, name, ckpts_load.read(leaves.pop(name), name, None, dtype, None))
+    if adapter is not None:
+        params = peft.fuse_adapter(params, open_adapter(adapter, config), config, check_base=check_base)
     model = nn.Transformer.from_config(config, dtype=dtype)
     return LoadedModel(model, params, tokenizer, config, path)

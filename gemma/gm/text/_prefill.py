@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma.errors import ContextFull
+from gemma.gm.nn._packed import Packed
 from gemma.gm.text import _loop
 from gemma.gm.text._full_loop import FullState
 from gemma.gm.text._turn_utils import PrevTurns
@@ -104,7 +105,7 @@ def _get_or_init_cache(
     """The cache of the turns before, or a new one in the dtype of the parameters."""
     if prev_turns:
         return _cache_helper.Cache(prev_turns.last_state.cache)
-    dtype = jax.tree.leaves(params)[0].dtype
+    dtype = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Packed))[0].dtype
     return _cache_helper.Cache(
         model.init_cache(batch_size=inputs.batch_size, dtype=dtype, cache_length=cache_length, sharding=sharding)
     )

@@ -72,7 +72,8 @@ class Sampler:
                 )
             object.__setattr__(self, "tokenizer", Tokenizer.from_version(version))
         own = self.tokenizer.VERSION if isinstance(self.tokenizer, Tokenizer) else self.tokenizer.version
-        if version and own and version != own:
+        same = version == own or (version == "3n" and not isinstance(self.tokenizer, Tokenizer) and own == 3)
+        if version and own and not same:  # a vocabulary itself does not tell Gemma 3n from 3
             raise TokenizerError(
                 f"Incompatible model and tokenizer: Got {type(self.model).__name__} and "
                 f"{type(self.tokenizer).__name__} of version {own}; the model needs version {version}."

@@ -56,14 +56,34 @@ class Gemma3SpecialTokens(SpecialTokens):
     END_OF_IMAGE = GemmaConfig.eoi_token_index
 
 
+class Gemma4SpecialTokens(SpecialTokens):
+    """Special tokens of Gemma 4: the turn markers have other spellings, and the end of an image another id."""
+
+    PAD = 0
+    EOS = 1
+    BOS = 2
+    UNK = 3
+    MASK = 4
+    CUSTOM = 6  # the first of 99 unused tokens
+    BEGIN_OF_TOOL_RESPONSE = 50
+    START_OF_TURN = 105
+    END_OF_TURN = 106
+    START_OF_IMAGE = GemmaConfig.boi_token_index
+    START_OF_AUDIO = GemmaConfig.eoi_token_index  # what ends an image in Gemma 3
+    IMAGE_PLACEHOLDER = 258_880
+    AUDIO_PLACEHOLDER = 258_881
+    END_OF_IMAGE = 258_882
+    END_OF_AUDIO = 258_883
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Base of the tokenizers; `from_version` makes the right one.
 
     Attributes:
       path: a `.model`, `tokenizer.json` or `.gguf` file, a folder with one, or `demo`. A `gs://` path, such as the
-        default, means the file of that name in `$GEMMA_CACHE_DIR/tokenizer`; where there is none, a Gemma 3 takes the
-        vocabulary of the installed demo model, which is the same.
+        default, means the file of that name in `$GEMMA_CACHE_DIR/tokenizer`; where there is none, Gemma 3 and 3n take
+        the vocabulary of the installed demo model, which is the same.
       custom_tokens: number 0..98 of an unused token to the text that it stands for.
     """
 
@@ -86,7 +106,7 @@ class Tokenizer:
     @classmethod
     def from_version(cls, version: int | str) -> Tokenizer:
         """The tokenizer of a generation, as in `model.INFO.tokenizer_version`."""
-        found = {kind.VERSION: kind for kind in (Gemma2Tokenizer, Gemma3Tokenizer)}
+        found = {kind.VERSION: kind for kind in (Gemma2Tokenizer, Gemma3Tokenizer, Gemma3nTokenizer, Gemma4Tokenizer)}
         if version not in found:
             raise TokenizerError(f"Unsupported tokenizer version: {version!r}; expected {', '.join(map(str, found))}")
         return found[version]()
@@ -96,7 +116,8 @@ class Tokenizer:
         """The tokenizer that does the work."""
         path = _located(self.path, self.VERSION)
         found = tokenizer.Tokenizer.from_file(path)
-        if found.version is not None and found.version != self.VERSION:
+        vocabulary = Gemma3Tokenizer.VERSION if self.VERSION == Gemma3nTokenizer.VERSION else self.VERSION
+        if found.version is not None and found.version != vocabulary:
             raise TokenizerError(
                 f"{path}: a vocabulary of version {found.version}; {type(self).__name__} expects {self.VERSION}"
             )
@@ -225,6 +246,30 @@ class Gemma3Tokenizer(Tokenizer):
     special_tokens: ClassVar[type[SpecialTokens]] = Gemma3SpecialTokens
 
 
+@dataclasses.dataclass(frozen=True)
+class Gemma3nTokenizer(Gemma3Tokenizer):
+    """The tokenizer of Gemma 3n: the vocabulary of Gemma 3."""
+
+    path: str | os.PathLike[str] = "gs://gemma-data/tokenizers/tokenizer_gemma3n.model"
+
+    VERSION: ClassVar[str] = "3n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma4Tokenizer(Tokenizer):
+    """The tokenizer of Gemma 4."""
+
+    path: str | os.PathLike[str] = "gs://gemma-data/tokenizers/tokenizer_gemma4.model"
+
+    VERSION: ClassVar[int] = 4
+    FORBIDDEN_TOKENS: ClassVar[tuple[int, ...]] = (
+        *(Gemma4SpecialTokens.START_OF_IMAGE, Gemma4SpecialTokens.END_OF_IMAGE),
+        *(Gemma4SpecialTokens.START_OF_AUDIO, Gemma4SpecialTokens.END_OF_AUDIO),
+        *(Gemma4SpecialTokens.IMAGE_PLACEHOLDER, Gemma4SpecialTokens.AUDIO_PLACEHOLDER),
+    )
+    special_tokens: ClassVar[type[SpecialTokens]] = Gemma4SpecialTokens
+
+
 def visible(tokenizer: Any, ids: list[int]) -> list[int]:
     """Ids without those that stand for no text: `<pad>`, `<bos>`, `<eos>`."""
     special = tokenizer.special
@@ -239,7 +284,7 @@ def _located(path: str | os.PathLike[str], version: int | str) -> Any:
     if local.is_file():
         return local
     try:
-        if version == Gemma3Tokenizer.VERSION:
+        if version in (Gemma3Tokenizer.VERSION, Gemma3nTokenizer.VERSION):
             return hub.demo_path()
     except HubError as error:
         raise HubError(

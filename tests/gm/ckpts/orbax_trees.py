@@ -37,7 +37,11 @@ def shrunk(config):
     )
 
 
-TINY = {name: shrunk(config) for name, config in PRESETS.items() if not isinstance(config, PaliGemmaConfig)}
+TINY = {
+    name: shrunk(config)
+    for name, config in PRESETS.items()
+    if not isinstance(config, PaliGemmaConfig) and getattr(config, "is_classic", True)
+}
 
 
 def flat_tree(config, dtype=BF16, seed=0) -> dict[str, np.ndarray]:

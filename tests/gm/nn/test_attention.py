@@ -10,7 +10,7 @@ import pytest
 from nn_helpers import compiled, ids, numpy_attention, random_like, tiny
 
 from gemma import gm
-from gemma.gm.nn import _modules
+from gemma.gm.nn import _attend
 
 RNG = np.random.default_rng(0)
 
@@ -29,8 +29,8 @@ def test_grouped_heads(T, K, softcap):
 
     @jax.jit
     def attend(q, k, v):
-        weights = _modules.attention_weights(q, k, jnp.asarray(mask), softcap=softcap)
-        return weights, _modules.weighted_values(weights, v)
+        weights = _attend.attention_weights(q, k, jnp.asarray(mask), softcap=softcap)
+        return weights, _attend.weighted_values(weights, v)
 
     weights, ours = attend(q, k, v)
     assert weights.shape == (B, T, N, S)
@@ -43,14 +43,14 @@ def test_a_row_without_keys_is_finite_and_so_are_its_gradients(T):
     mask = jnp.zeros((1, T, 3), bool)
 
     def loss(q, k, v):
-        return jnp.sum(_modules.weighted_values(_modules.attention_weights(q, k, mask), v))
+        return jnp.sum(_attend.weighted_values(_attend.attention_weights(q, k, mask), v))
 
-    np.testing.assert_allclose(_modules.attention_weights(q, k, mask), np.full((1, T, 2, 3), 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(_attend.attention_weights(q, k, mask), np.full((1, T, 2, 3), 1 / 3), rtol=1e-6)
     assert all(np.isfinite(g).all() for g in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v))
 
 
 def test_the_softmax_of_a_bfloat16_model_is_float32():
-    weights = _modules.attention_weights(
+    weights = _attend.attention_weights(
         normal(1, 1, 2, 4).astype(jnp.bfloat16), normal(1, 3, 1, 4).astype(jnp.bfloat16), jnp.ones((1, 1, 3), bool)
     )
     assert weights.dtype == jnp.float32
