@@ -31,6 +31,8 @@ class BuildNative(build_ext):
     def run(self):
         try:
             build.compile(self.target())
+            if not self.inplace:
+                build.stamp_path(self.target()).unlink(missing_ok=True)  # of use to a checkout only
         except KernelError as error:
             if os.environ.get("GEMMAKIT_REQUIRE_NATIVE", "0") not in ("", "0"):
                 raise

@@ -301,8 +301,7 @@ def save(
       tokenizer: what goes beside or into the file; None: no tokenizer.
       dtype: float32, float16 or bfloat16 for all floats; None keeps them as stored, and what is packed becomes float32
         (in a GGUF it stays packed).
-      quantize: a mix such as "q4_k_m" (GGUF; what has its type already keeps its bytes), "int4" or "int8" (safetensors),
-        "int8" (ckpt), "sfp8" (sbs).
+      quantize: a GGUF's mix ("q4_k_m"; what has its type keeps its bytes), int4 or int8 (safetensors), int8 (ckpt), sfp8 (sbs).
       imatrix: tensor name (canonical or of the GGUF) to float32 [inputs], the mean square of each input.
       max_shard_bytes: of data in one safetensors file.
       progress: called with (bytes written, bytes in all) as the work goes on.

@@ -187,7 +187,8 @@ def weights_page() -> str:
         "Every tensor of the family: its canonical name and axes (the orientation of Hugging Face), and its name and "
         "layout in each format: `hf` Hugging Face safetensors, `flax` the JAX package's parameter tree, `gguf` "
         "llama.cpp, `ckpt` the PyTorch package, `npz` big_vision, `sbs` gemma.cpp. The letters are in "
-        "[axes.md](axes.md), the rows in `gemma/weights/_rows.py`, `_rows_newer.py` and `_rows_vision.py`. An empty cell: the format has "
+        "[axes.md](axes.md), the rows in `gemma/weights/_rows.py`, `_rows_newer.py` and "
+        "`_rows_vision.py`. An empty cell: the format has "
         "no place for the tensor, or its name there is not established (gemma.cpp's image tensors).\n",
         "A cell reads: the name on disk, then `[i,0]` for a place in leading stacked axes (`i` is the layer), "
         "`rows a:b:step` for a range of a fused array, the axes where they are not the canonical ones, and `+1` where "

@@ -61,13 +61,11 @@ def open_model(path: Path, *, packed: bool = True, quantize: str | None = None):
       packed: keep packed what is packed in the file; False: all weights as float32.
       quantize: a recipe, instead of what the file holds.
     """
-    import jax.numpy as jnp
-
     from gemma.gm import nn
     from gemma.gm._evaluate import Model
     from gemma.gm.ckpts import load_params
 
-    net = nn.Transformer.from_config(config_of(path), dtype=jnp.float32)
+    net = nn.Transformer.from_config(config_of(path), dtype="float32")
     how = quantize or ("keep" if packed else False)
     return Model(net, load_params(path, text_only=True, quantize=how, dtype="float32"))
 

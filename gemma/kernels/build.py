@@ -101,7 +101,10 @@ def _last_line(text: str) -> str:
 
 def library_sources() -> list[Path]:
     """The sources of libgemmakit.so: every .cpp of native/ but the XLA shim's (ffi*.cpp), which needs jaxlib."""
-    return sorted(path for path in SOURCES.glob("*.cpp") if not path.name.startswith("ffi"))
+    found = sorted(path for path in SOURCES.glob("*.cpp") if not path.name.startswith("ffi"))
+    if not found:
+        raise KernelError(f"expected C++ sources in {SOURCES}, found none: install gemmakit again")
+    return found
 
 
 def isa_flags(path: Path, machine: str) -> tuple[str, ...]:
@@ -169,8 +172,6 @@ def compile(
     """
     compiler, target = compiler or find_compiler(), Path(target)
     sources = library_sources() if sources is None else [Path(path) for path in sources]
-    if not sources:
-        raise KernelError(f"expected C++ sources in {SOURCES}, found none: install gemmakit again")
     folders, isa = [SOURCES, *map(Path, include)], None if isa is None else tuple(isa)
     common = [*COMMON, *WARNINGS, optimize, *flags, *(f"-I{path}" for path in folders)]
     linking = [*compiler.command, *(["-shared"] if shared else []), optimize, "-pthread", *link]
@@ -185,11 +186,11 @@ def compile(
         for path in sources
     ]
     key = _hash(*(unit.output.name for unit in units), *linking)
-    if not force and target.is_file() and _stamp(target).is_file() and _stamp(target).read_text() == key:
+    if not force and target.is_file() and stamp_path(target).is_file() and stamp_path(target).read_text() == key:
         return False
     _compile_all([unit for unit in units if force or not unit.output.is_file()], jobs)
     _link(target, linking, [unit.output for unit in units], static=not sanitize and not compiler.darwin)
-    _replace(_stamp(target), lambda path: path.write_text(key))
+    _replace(stamp_path(target), lambda path: path.write_text(key))
     _forget_old(units, objects)
     return True
 
@@ -210,7 +211,8 @@ def _objects_folder() -> Path:
     return hub.cache_dir() / "native/objects"
 
 
-def _stamp(target: Path) -> Path:
+def stamp_path(target: Path) -> Path:
+    """The file beside a target that says what it was made of."""
     return target.with_name(target.name + ".stamp")
 
 

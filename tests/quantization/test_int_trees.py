@@ -81,7 +81,7 @@ def test_wrappers_do_not_see_each_other(models):
     a, b = (logits(w, params) for w in (four, eight))
     assert np.abs(a - plain).max() > 4 * np.abs(b - plain).max() > 0
     np.testing.assert_array_equal(logits(net, params), plain)
-    with pytest.raises(ConfigError, match="wrappers do not nest"):
+    with pytest.raises(ConfigError, match="inner ones"):
         gm_nn.IntWrapper(model=four)
 
 

@@ -103,6 +103,12 @@ def test_shardings_of_the_float_leaves_are_followed(model):
     spec = jax.sharding.PartitionSpec
     params = load(folder, quantize="int8", sharding=jax.sharding.NamedSharding(mesh, spec()))
     assert params["layer_0"]["mlp"]["linear"].data.sharding.mesh == mesh
+    from gemma.gm import sharding as strategies
+
+    spread = load(
+        folder, quantize="int8", sharding=strategies.TensorSharding(net.config, strategies.make_mesh(tensor=-1))
+    )
+    assert spread["layer_0"]["attn"]["q_einsum"]["w"].data.sharding.mesh.shape["tensor"] == 1
     leaf = params["layer_0"]["mlp"]["gating_einsum"]
     cut = packed_sharding(leaf, jax.sharding.NamedSharding(mesh, spec(None, "tensor", None)))
     assert cut.data.spec == spec(None, None)  # the axis of gate and up stands before it

@@ -160,7 +160,7 @@ def test_images_and_bidirectional_attention(tmp_path):
     [
         (dict(format="pickle"), "format: expected one of safetensors, gguf.*got 'pickle'"),
         (dict(quantize="q4_k_x"), "quantize: expected one of f32.*got 'q4_k_x'; did you mean"),
-        (dict(format="safetensors", quantize="q4_k_m"), "safetensors holds floats"),
+        (dict(format="safetensors", quantize="q4_k_m"), "safetensors hold floats, int8 or int4"),
         (dict(quantize="q8_0", dtype="float16"), "expected quantize or dtype, got both"),
         (dict(dtype="int8"), "dtype: expected one of float32, float16, bfloat16, got 'int8'"),
         (dict(dtype=object()), "dtype: expected one of"),

@@ -85,30 +85,40 @@ def load_params(
         if like is not None:
             text_only = text_only or not any(name.split("/")[0] == VISION for name in like)
         leaves = leaves_of(checkpoint, text_only=text_only)
-        if like is None:
-            names = {_quantization.qat_name(name) if quantize else name: name for name in leaves}
-        else:
-            names = match(like, leaves, path)
-            if donate:
-                free(like)
-        if callable(sharding):
-            sharding = sharding(_shapes(names, leaves))
-        tree: dict[str, Any] = {}
         if how is not None:
-            known = known_config(checkpoint)
+            return _packed_tree(leaves, known_config(checkpoint), how, importance, dtype, sharding)
+        return _float_tree(leaves, like, path, donate, bool(quantize), dtype, sharding)
 
-            def opened(leaf: Leaf, name: str) -> tuple[Any, Any, Any]:
-                def floats() -> jax.Array:
-                    return read(leaf, name, None, dtype, sharding)
 
-                return chosen_dtype(leaf, dtype), floats, _sharding_of(name, sharding)
+def _float_tree(leaves, like, path, donate: bool, rename: bool, dtype: DType | None, sharding: Any) -> dict[str, Any]:
+    if like is None:
+        names = {_quantization.qat_name(name) if rename else name: name for name in leaves}
+    else:
+        names = match(like, leaves, path)
+        if donate:
+            free(like)
+    if callable(sharding):
+        sharding = sharding(_shapes(names, leaves))
+    tree: dict[str, Any] = {}
+    for name, stored in names.items():
+        target = None if like is None else like[name]
+        insert(tree, name, read(leaves.pop(stored), name, target, dtype, sharding))
+    return tree
 
-            for name, done in packed_leaves(leaves, known, how, importance, opened).items():
-                insert(tree, name, done)
-            return tree
-        for name, stored in names.items():
-            target = None if like is None else like[name]
-            insert(tree, name, read(leaves.pop(stored), name, target, dtype, sharding))
+
+def _packed_tree(leaves, config, how: str, importance, dtype: DType | None, sharding: Any) -> dict[str, Any]:
+    if callable(sharding):
+        sharding = sharding(_shapes({name: name for name in leaves}, leaves))
+
+    def opened(leaf: Leaf, name: str) -> tuple[Any, Any, Any]:
+        def floats() -> jax.Array:
+            return read(leaf, name, None, dtype, sharding)
+
+        return chosen_dtype(leaf, dtype), floats, _sharding_of(name, sharding)
+
+    tree: dict[str, Any] = {}
+    for name, done in packed_leaves(leaves, config, how, importance, opened).items():
+        insert(tree, name, done)
     return tree
 
 

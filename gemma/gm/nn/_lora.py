@@ -33,7 +33,8 @@ class LoRA(nn.Module, kw_only=True):
 
     Attributes:
       rank: r.
-      model: for example `gm.nn.Gemma3_1B()`, or another wrapper: over packed weights the adapter stays in floats.
+      model: for example `gm.nn.Gemma3_1B()`; or `QuantizationAwareWrapper` or `IntWrapper` around it, which see the base
+        weights and leave the adapter in floats. Packed weights (`load_params(quantize=...)`) need no wrapper.
       dtype: in which adapters are created.
       verbose: print the layers that are replaced.
       alpha: see `gemma.peft.LoRASpec`, likewise the next seven.
@@ -68,6 +69,11 @@ class LoRA(nn.Module, kw_only=True):
 
     def __post_init__(self):
         spec = self.spec  # checks everything
+        if isinstance(self.model, LoRA):
+            raise ConfigError(
+                "model: expected a network of gm.nn, or QuantizationAwareWrapper or IntWrapper around one, got a LoRA; "
+                "several adapters on one model are gemma.peft.AdapterSet"
+            )
         for name in ("targets", "rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, getattr(spec, name))
         super().__post_init__()
@@ -79,7 +85,11 @@ class LoRA(nn.Module, kw_only=True):
         return LoRASpec(**{name: getattr(self, name) for name in names})
 
     def setup(self):
-        nn.share_scope(self, self.model)
+        inner = [self.model]
+        while "model" in getattr(type(inner[-1]), "__dataclass_fields__", ()):  # a wrapper: asking it runs its setup
+            inner.append(inner[-1].model)
+        for module in inner:  # the outermost last would leave the network in the scope that its wrapper had
+            nn.share_scope(self, module)
 
     def __call__(self, *args: Any, deterministic: bool | None = None, **kwargs: Any) -> Any:
         """Calls the model with its adapters; `deterministic` goes before the field of that name."""

@@ -35,8 +35,8 @@ class _Mapped(nn.Module):
         if isinstance(getattr(self.model, "model", None), nn.Module):
             raise ConfigError(
                 f"{type(self).__name__}: expected a network of gm.nn, got a {type(self.model).__name__} around one; "
-                f"wrappers do not nest. For adapters over a quantized base give LoRA parameters that are packed: "
-                f'gm.ckpts.load_params(path, quantize="int4")'
+                f"wrappers of quantization are the inner ones: gm.nn.LoRA(model=gm.nn.{type(self).__name__}(...)). Over a "
+                f'packed base, gm.ckpts.load_params(path, quantize="int4"), LoRA needs no other wrapper'
             )
         super().__post_init__()
 

@@ -158,8 +158,7 @@ class Transformer(nn.Module, kw_only=True):
             _check_room(cache, valid)
         if positions is None:
             positions = _positions(valid, cache)
-        x = self._embed(tokens, pictures)
-        groups = _images.groups(tokens, pictures)
+        x, groups = self._embed(tokens, pictures), _images.groups(tokens, pictures)
         x, cache = self._decode(x, positions, valid, cache, attention_mask, groups, tokens)
         x = _last(x, valid) if return_last_only else _images.contract(x, given, pictures, self.config)
         x = self.final_norm(x)

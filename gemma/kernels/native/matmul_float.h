@@ -134,14 +134,12 @@ static void many_floats(const gk_weight* w, int64_t r0, int64_t r1, const float*
 template <int Type>
 static void float_product(const gk_weight* w, int64_t r0, int64_t r1, const float* const* x, int64_t m, float* y,
                           int64_t ldy, void* scratch) {
-  if (m > kFewRows) return many_floats<Type>(w, r0, r1, x, m, y, ldy, (float*)scratch);
-  for (int64_t t = 0; t < m; t += kFew) {
-    switch (m - t) {
-      case 1: few_floats<Type, 1>(w, r0, r1, x + t, y + t * ldy, ldy); break;
-      case 2: few_floats<Type, 2>(w, r0, r1, x + t, y + t * ldy, ldy); break;
-      case 3: few_floats<Type, 3>(w, r0, r1, x + t, y + t * ldy, ldy); break;
-      default: few_floats<Type, kFew>(w, r0, r1, x + t, y + t * ldy, ldy);
-    }
+  switch (m) {
+    case 1: return few_floats<Type, 1>(w, r0, r1, x, y, ldy);
+    case 2: return few_floats<Type, 2>(w, r0, r1, x, y, ldy);
+    case 3: return few_floats<Type, 3>(w, r0, r1, x, y, ldy);
+    case 4: return few_floats<Type, 4>(w, r0, r1, x, y, ldy);
+    default: return many_floats<Type>(w, r0, r1, x, m, y, ldy, (float*)scratch);
   }
 }
 

@@ -14,8 +14,7 @@ constexpr int kPanel = 2 * GK_VF;       // rows of a panel
 constexpr int kRowGroup = kPanel;
 constexpr int kTile = GK_VF == 16 ? 12 : 6;  // activations of a tile: accumulators, weights and one more fill the registers
 constexpr int kDepth = 2048;            // columns of a panel: what stays in the second-level cache
-constexpr int kFew = 4;                 // activations that `few` takes at once
-constexpr int kFewRows = 8;             // up to so many rows, streaming beats unpacking a panel
+constexpr int kFew = 3;                 // activations up to which streaming rows beats unpacking a panel (measured)
 
 static void quantize(const float* x, int64_t cols, QuantizedRow out) {
   for (int64_t b = 0; b * kBlock < cols; ++b) {
@@ -299,7 +298,7 @@ static void fill_panel(const gk_weight* w, int64_t r0, int64_t r1, int64_t c0, i
 }
 
 // One step of a tile's float accumulators: acc[t][n] = fma(scale_w * scale_x, sum, acc), and the minimum.
-template <class F, int M>
+template <bool Minimum, int M>
 GK_INLINE void flush(vi (&sum)[M][2], float* acc, const float* scale, const float* minus, const QuantizedRow* q,
                      int64_t group, int half) {
   for (int t = 0; t < M; ++t) {
@@ -308,7 +307,7 @@ GK_INLINE void flush(vi (&sum)[M][2], float* acc, const float* scale, const floa
     for (int n = 0; n < 2; ++n) {
       float* at = acc + t * kPanel + n * GK_VF;
       vf a = fma(loadf(scale + n * GK_VF) * x_scale, __builtin_convertvector(sum[t][n], vf), loadf(at));
-      if constexpr (F::kMinimum) a = fma(loadf(minus + n * GK_VF), splat(x_sum), a);
+      if constexpr (Minimum) a = fma(loadf(minus + n * GK_VF), splat(x_sum), a);
       store(at, a);
       sum[t][n] = vi{};
     }
@@ -330,9 +329,9 @@ GK_INLINE void add_pairs(vi (&sum)[M][2], const int32_t* pairs, const int16_t* c
 }
 
 // A panel's columns g0..g1 (in groups of 32) times M activations, added to acc [M, kPanel].
-template <class F, int M>
+template <int Width, bool Minimum, int M>
 static __attribute__((noinline)) void tile(Panel panel, int64_t g0, int64_t g1, const QuantizedRow* q, float* acc) {
-  constexpr int halves = kBlock / F::kWidth;
+  constexpr int halves = kBlock / Width;
   vi sum[M][2] = {};
   const int16_t* x[M];
   for (int t = 0; t < M; ++t) x[t] = q[t].codes;
@@ -342,21 +341,21 @@ static __attribute__((noinline)) void tile(Panel panel, int64_t g0, int64_t g1, 
     const float *scale = panel.scale + at * halves * kPanel, *minus = panel.minus + at * halves * kPanel;
     if constexpr (halves == 1) {
       add_pairs<M>(sum, pairs, x, g * kBlock, 0, 16);
-      flush<F, M>(sum, acc, scale, minus, q, g, -1);
+      flush<Minimum, M>(sum, acc, scale, minus, q, g, -1);
     } else {
       for (int h = 0; h < 2; ++h) {
         add_pairs<M>(sum, pairs, x, g * kBlock, 4 * h, 4 * h + 4);
         add_pairs<M>(sum, pairs, x, g * kBlock, 8 + 4 * h, 12 + 4 * h);
-        flush<F, M>(sum, acc, scale + h * kPanel, minus + h * kPanel, q, g, h);
+        flush<Minimum, M>(sum, acc, scale + h * kPanel, minus + h * kPanel, q, g, h);
       }
     }
   }
 }
 
-template <class F, int M = kTile>
+template <int Width, bool Minimum, int M = kTile>
 static void tiles(int count, Panel panel, int64_t g0, int64_t g1, const QuantizedRow* q, float* acc) {
-  if (count == M) return tile<F, M>(panel, g0, g1, q, acc);
-  if constexpr (M > 1) tiles<F, M - 1>(count, panel, g0, g1, q, acc);
+  if (count == M) return tile<Width, Minimum, M>(panel, g0, g1, q, acc);
+  if constexpr (M > 1) tiles<Width, Minimum, M - 1>(count, panel, g0, g1, q, acc);
 }
 
 template <class F>
@@ -375,7 +374,7 @@ static void many(const gk_weight* w, int64_t r0, int64_t r1, const QuantizedRow*
         alignas(64) float acc[kTile * kPanel] = {};
         if (c)
           for (int i = 0; i < size; ++i) memcpy(acc + i * kPanel, y + (t + i) * ldy + r, count * sizeof(float));
-        tiles<F>(size, panel, c / kBlock, (end + kBlock - 1) / kBlock, q + t, acc);
+        tiles<F::kWidth, F::kMinimum>(size, panel, c / kBlock, (end + kBlock - 1) / kBlock, q + t, acc);
         for (int i = 0; i < size; ++i) memcpy(y + (t + i) * ldy + r, acc + i * kPanel, count * sizeof(float));
       }
     }
@@ -385,14 +384,11 @@ static void many(const gk_weight* w, int64_t r0, int64_t r1, const QuantizedRow*
 template <class F>
 static void integer_product(const gk_weight* w, int64_t r0, int64_t r1, const QuantizedRow* q, int64_t m, float* y,
                             int64_t ldy, void* scratch) {
-  if (m > kFewRows) return many<F>(w, r0, r1, q, m, y, ldy, scratch);
-  for (int64_t t = 0; t < m; t += kFew) {
-    switch (m - t) {
-      case 1: few<F, 1>(w, r0, r1, q + t, y + t * ldy, ldy); break;
-      case 2: few<F, 2>(w, r0, r1, q + t, y + t * ldy, ldy); break;
-      case 3: few<F, 3>(w, r0, r1, q + t, y + t * ldy, ldy); break;
-      default: few<F, kFew>(w, r0, r1, q + t, y + t * ldy, ldy);
-    }
+  switch (m) {
+    case 1: return few<F, 1>(w, r0, r1, q, y, ldy);
+    case 2: return few<F, 2>(w, r0, r1, q, y, ldy);
+    case kFew: return few<F, kFew>(w, r0, r1, q, y, ldy);
+    default: return many<F>(w, r0, r1, q, m, y, ldy, scratch);
   }
 }
 
