@@ -37,15 +37,21 @@ def available() -> bool:
     return _native.library() is not None
 
 
+# PyTorch's own threads spin for milliseconds after each of their loops. Threads of ours then share a core with them, and
+# a step of few rows takes more than twice as long as on one thread; with many rows the products outlast the spinning.
+_ALONE = 8
+
+
 @functools.cache
-def _made_context() -> _native.Context:
-    return _native.Context(min(torch.get_num_threads(), _native.processors()))
+def _made_context(threads: int) -> _native.Context:
+    return _native.Context(threads)
 
 
-def _context() -> _native.Context:
-    """The one context of this process, with as many threads as PyTorch had when it was first used."""
+def _context(rows: int = 1) -> _native.Context:
+    """One of the two contexts of this process: one thread for few rows, for many as many as PyTorch has."""
+    threads = 1 if rows <= _ALONE else min(torch.get_num_threads(), _native.processors())
     with _lock:
-        return _made_context()
+        return _made_context(threads)
 
 
 def check(data: Tensor, scale: Tensor | None, type: int, cols: int) -> None:
@@ -188,8 +194,8 @@ def _matmul(x: Tensor, weight: _native.GkWeight, out: Tensor) -> Tensor:
 
 def _call(name: str, x: Tensor, weight: _native.GkWeight, out: Tensor) -> Tensor:
     """A product of the library; ctypes lets other Python threads run during it."""
-    x, context = x.contiguous(), _context()
-    inner, outer = x.shape[-1], out.shape[-1]
+    x, inner, outer = x.contiguous(), x.shape[-1], out.shape[-1]
+    context = _context(x.numel() // inner)
     function = getattr(_native.library(), name)
     with context.lock:
         status = function(context.handle, weight, x.data_ptr(), x.numel() // inner, inner, out.data_ptr(), outer)

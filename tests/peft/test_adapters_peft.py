@@ -14,7 +14,7 @@ import peft as hf_peft
 import pytest
 import torch
 from hf_tiny_oracles import make
-from lora_models import QUICK, program
+from lora_models import program
 
 from gemma import gm, peft, weights
 from gemma.config import GemmaConfig
@@ -150,8 +150,12 @@ def test_a_trained_pair_is_saved_with_twice_the_rank(tmp_path):
 def test_our_own_adapter_in_bfloat16_loads_without_a_warning(tmp_path, recwarn):
     _, base, params = oracle("gemma3_text")
     model = gm.nn.LoRA(rank=2, model=base, alpha=5.0, targets=("attention", "mlp"))
-    init = jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0), jnp.asarray(TOKENS))["params"]
-    lora = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.05, leaf.dtype), peft.split_params(init).lora)
+    init = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(TOKENS))["params"]
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0.05, 0.1, leaf.shape), leaf.dtype), peft.split_params(init).lora
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(lora)} == {jnp.dtype("bfloat16")}
     merged = peft.merge_params(params, lora)
     peft.save_adapter(tmp_path / "adapter", merged, model)
     recwarn.clear()

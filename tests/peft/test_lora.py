@@ -12,9 +12,8 @@ from lora_models import ALL, QUICK, TOKENS, adapted, logits, tiny
 
 from gemma import config as configs
 from gemma import gm, peft, weights
-from gemma.errors import CheckpointError, ConfigError, ShapeError
+from gemma.errors import ConfigError, ShapeError
 from gemma.gm.ckpts._orbax import flatten
-from gemma.peft import _einsum_utils, _lora
 
 ONE = dict(num_hidden_layers=1, layer_pattern="G")  # where one layer shows it
 TOKENS1 = jnp.asarray(TOKENS[:1, :6])
@@ -33,6 +32,8 @@ def test_the_tree_is_that_of_the_official_package():
     found = jax.eval_shape(gm.nn.LoRA(rank=4, model=gm.nn.Gemma3_270M()).init, jax.random.key(0), TOKENS1)["params"]
     lora = flatten(peft.split_params(found).lora)
     assert len(lora) == 180 and {leaf.dtype for leaf in lora.values()} == {jnp.dtype("bfloat16")}
+    # what the count over all presets, below, goes by
+    assert sum(leaf.size for leaf in lora.values()) == in_adapters(configs.preset("gemma3_270m"), 4)
     expected = {
         "attn/q_einsum/_LoRAEinsum_0/lora": ((640, 4), (4, 4, 256)),
         "attn/kv_einsum/_LoRAEinsum_0/lora": ((640, 4), (4, 2, 1, 256)),
@@ -74,16 +75,13 @@ def test_a_rank_of_16_trains_under_a_tenth_of_every_preset(name):
     assert 0 < in_adapters(config, 16) < 0.1 * config.num_parameters
 
 
-@pytest.mark.parametrize("model", [gm.nn.Gemma2_2B(), gm.nn.Gemma3n_E2B()], ids=lambda model: type(model).__name__)
-def test_and_the_table_counts_what_the_model_has(model):
-    model = gm.nn.LoRA(rank=16, model=model, targets=("attention", "mlp"))
+def test_nor_does_a_member_that_the_table_does_not_describe():
+    model = gm.nn.LoRA(rank=16, model=gm.nn.Gemma3n_E2B(), targets=("attention", "mlp"))
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS1)["params"]
     mask = peft.mask_tree(params, "lora")
     trained = sum(jax.tree.leaves(jax.tree.map(lambda leaf, on: leaf.size * on, params, mask)))
     whole = sum(leaf.size for leaf in jax.tree.leaves(params)) - trained
     assert 0 < trained < 0.1 * whole
-    if model.config.gemma.is_classic:
-        assert trained == in_adapters(model.config.gemma, 16)
 
 
 # ---- numbers ------------------------------------------------------------------------------------------------------
@@ -107,7 +105,7 @@ WAYS = {
     ],
 )
 def test_fusing_gives_the_same_model_and_comes_apart_again(family, way):
-    loaded = tiny(family, num_hidden_layers=1) if family == "gemma" else tiny(family)
+    loaded = tiny(family, **ONE)
     model, params = adapted(base=loaded, **WAYS[way])
     got, plain = logits(model, params), logits(loaded.model, loaded.params)
     fused = peft.fuse_params(params, model)
@@ -163,8 +161,9 @@ def test_a_fresh_adapter_changes_nothing_and_b_learns_first():
             out = jax.checkpoint(lambda p: model.apply({"params": p}, TOKENS1, **how).logits)(merged)
             return jnp.mean(out**2)
 
+        value, grads = jax.value_and_grad(loss)(lora)
         dropped = [loss(lora, rngs={"dropout": key}), loss(lora, rngs={"dropout": key}, deterministic=True)]
-        return jax.grad(loss)(lora), jnp.stack([loss(lora), *dropped])
+        return grads, jnp.stack([value, *dropped])
 
     lora = peft.split_params(params).lora
     grads, _ = both(lora, jax.random.key(0))
@@ -176,19 +175,19 @@ def test_a_fresh_adapter_changes_nothing_and_b_learns_first():
     losses = [both(moved, jax.random.key(seed))[1] for seed in (0, 0, 1)]
     np.testing.assert_array_equal(losses[0], losses[1])
     assert losses[0][1] != losses[0][0] and losses[0][1] != losses[2][1]  # dropout, by key
-    assert losses[0][2] == losses[0][0]  # switched off
+    np.testing.assert_allclose(losses[0][2], losses[0][0], rtol=1e-6)  # switched off
     with pytest.raises(ConfigError, match="dropout"):
         jax.eval_shape(lambda: model.apply({"params": params}, TOKENS1, deterministic=False))
 
 
 def test_wrappers_of_one_model_do_not_see_each_other():
-    loaded = tiny()
+    loaded = tiny(**ONE)
     first, second = (gm.nn.LoRA(rank=rank, model=loaded.model) for rank in (2, 5))
     for _ in range(2):
         assert shapes(first)["layer_0/mlp/_LoRAEinsum_linear/lora/a"][-1] == 2
         assert shapes(second)["layer_0/mlp/_LoRAEinsum_linear/lora/a"][-1] == 5
         assert not any("lora" in name for name in shapes(loaded.model))
-    one, two = adapted(seed=1), adapted(seed=2, rank=5)
+    one, two = adapted(seed=1, base=loaded), adapted(seed=2, rank=5, base=loaded)
     want = [logits(*one), logits(*two), logits(loaded.model, loaded.params)]
     for index, (model, params) in enumerate([one, two, (loaded.model, loaded.params)] * 2):
         np.testing.assert_array_equal(logits(model, params), want[index % 3])
@@ -212,40 +211,6 @@ def test_samplers_take_it():
     assert texts[0] == texts[1]
     assert model.config == loaded.model.config and model.INFO == loaded.model.INFO
     assert model.clone(return_last_only=True).model.return_last_only and "rank" in repr(model)
-
-
-def test_over_packed_weights():
-    """The packed layers give their own part; the adapter adds to it in floats."""
-    from gemma.gm.nn._packed import PackedArray
-    from gemma.quants import QuantType, quantize
-    from gemma.weights import matrices
-
-    loaded = tiny(**ONE, hidden_size=64, intermediate_size=96, head_dim=32)
-    model, params = adapted(base=loaded)
-    original, lora = peft.split_params(params)
-    flat, dense = dict(flatten(original)), dict(flatten(original))
-    for name, matrix in matrices(loaded.config).items():
-        packed = quantize(np.ascontiguousarray(matrix.rows_of(np.asarray(flat[name]))), QuantType.Q8_0)
-        flat[name] = PackedArray.of(packed, matrix.shape, matrix.summed, jnp.float32)
-        dense[name] = flat[name].dequantize(jnp.float32)
-    trees = []
-    for leaves in (flat, dense):
-        tree: dict = {}
-        for name, leaf in leaves.items():
-            gm.ckpts._load.insert(tree, name, leaf)
-        trees.append(tree)
-    packed_params, dense_params = (peft.merge_params(tree, lora) for tree in trees)
-    want = logits(loaded.model, peft.fuse_params(dense_params, model))
-    got = logits(model, packed_params)
-    np.testing.assert_allclose(got, want, atol=3e-3 * np.abs(want).max())
-    with pytest.raises(CheckpointError, match="packed"):
-        peft.fuse_params(packed_params, model)
-    # DoRA looks at the weight itself
-    eqn, place = _einsum_utils.parse("BTD,NDH->BTNH"), "layer_0/attn/q_einsum"
-    a, b = (flatten(lora)[f"{place}/_LoRAEinsum_0/lora/{part}"] for part in "ab")
-    ratios = [_lora.dora_ratio(leaves[f"{place}/w"], a, b, eqn, 2.0) for leaves in (flat, dense)]
-    np.testing.assert_array_equal(*ratios)
-    assert np.abs(ratios[0] - 1).max() > 1e-3
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------

@@ -77,6 +77,18 @@ def test_rows_of_every_magnitude(method):
     )
 
 
+def test_sfp8_of_every_bfloat16_and_its_neighbours():
+    """Every code and every midpoint is a bfloat16."""
+    near = np.arange(1 << 15, dtype=np.uint32) << 16
+    x = np.concatenate([near, near + 1, near[1:] - 1]).view(np.float32)
+    x = x[x <= 1.875]
+    x = np.concatenate([x, -x])
+    rows = np.zeros((32, -(-x.size // 32)), np.float32)
+    rows.reshape(-1)[: x.size] = x
+    got = jax.jit(lambda x: on_grid_rows(x, peft.QuantizationMethod.SFP8))(rows)
+    np.testing.assert_array_equal(got, quantize(rows, peft.QuantizationMethod.SFP8.type).dequantize())
+
+
 def test_gradients_pass_straight_through_and_zeros_stay(models):
     config, folder, net = models("gemma3")
     params = {"layer_0": {"attn": load(folder)["layer_0"]["attn"]}}

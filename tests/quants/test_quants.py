@@ -254,6 +254,23 @@ def test_sfp8_rounds_to_the_nearest_and_ties_to_even():
         assert packed.data[0, 0] != 0x80, value
 
 
+def test_sfp8_at_every_code_and_on_both_sides_of_every_midpoint():
+    values = dequantize(np.arange(128, dtype=np.uint8), QuantType.SFP8, (128,))
+    codes = np.arange(1, 127)
+    middle = (values[1:127] + values[2:128]) / 2  # exact: one more bit
+    below, above = np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(2))
+    x = np.concatenate([middle, below, above])
+    expected = np.concatenate([codes + codes % 2, codes, codes + 1])  # ties: the even code
+    # A value that would become 2**-23, which no code stands for, becomes the next; what rounds below that, zero.
+    least = np.float32(0.9375 * 2.0**-23)
+    x = np.append(x, [least, np.nextafter(least, np.float32(0)), np.float32(2.0**-23), np.float32(1e-45)])
+    expected = np.append(expected, [1, 0, 1, 0])
+    for sign, bit in ((1, 0), (-1, 0x80)):
+        packed = quantize((sign * x).astype(np.float32), QuantType.SFP8)
+        assert packed.scale.tolist() == [1.0]
+        np.testing.assert_array_equal(packed.data[0], np.where(expected, expected | bit, 0))
+
+
 def test_sfp8_scales_what_is_too_large():
     x = np.random.default_rng(0).standard_normal((20, 70)).astype(np.float32) * 10
     packed = quantize(x, QuantType.SFP8)

@@ -17,7 +17,7 @@ from gemma.gm.sharding._strategies import TensorSharding, param_axes
 
 
 def test_eight_devices_answer_as_one(tmp_path):
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("sharded_run.py")), str(tmp_path)],

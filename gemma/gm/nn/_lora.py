@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax.core.scope import Scope
 
 from gemma.errors import ConfigError
-from gemma.gm.nn import _layers, _modules
+from gemma.gm.nn import _layers, _modules, _quantization
 from gemma.gm.typing import Array, DType
 from gemma.peft import _einsum_utils, _lora
 from gemma.peft._interception import ModuleInterceptor
@@ -85,11 +85,11 @@ class LoRA(nn.Module, kw_only=True):
         return LoRASpec(**{name: getattr(self, name) for name in names})
 
     def setup(self):
-        inner = [self.model]
-        while "model" in getattr(type(inner[-1]), "__dataclass_fields__", ()):  # a wrapper: asking it runs its setup
-            inner.append(inner[-1].model)
-        for module in inner:  # the outermost last would leave the network in the scope that its wrapper had
-            nn.share_scope(self, module)
+        # First the inner scopes: a network that was asked for later would find the name of its scope taken.
+        network = self.model.network() if isinstance(self.model, _quantization.Mapped) else None
+        nn.share_scope(self, self.model)
+        if network is not None:
+            nn.share_scope(self, network)
 
     def __call__(self, *args: Any, deterministic: bool | None = None, **kwargs: Any) -> Any:
         """Calls the model with its adapters; `deterministic` goes before the field of that name."""

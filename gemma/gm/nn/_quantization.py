@@ -28,7 +28,7 @@ from gemma.peft import _quantization_methods as methods
 from gemma.peft._quantization_methods import QuantizationMethod
 
 
-class _Mapped(nn.Module):
+class Mapped(nn.Module):
     """A model in whose place this one stands: same tree, same arguments, same attributes."""
 
     def __post_init__(self):
@@ -42,6 +42,10 @@ class _Mapped(nn.Module):
 
     def setup(self):
         nn.share_scope(self, self.model)
+
+    def network(self) -> nn.Module:
+        """The model, in the scope of this wrapper: to call a method is what makes Flax run `setup`."""
+        return self.model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the parameters that it shall see."""
@@ -90,7 +94,7 @@ class _Mapped(nn.Module):
         return self.model.__kontext_keys__()
 
 
-class QuantizationAwareWrapper(_Mapped, kw_only=True):
+class QuantizationAwareWrapper(Mapped, kw_only=True):
     """A model whose matrices, the embedding included, are rounded in the forward pass; gradients pass straight through.
 
     The values are those of the file that `gemma quantize --to int4` (int8, q4_0_pure, sfp8) writes of the parameters,
@@ -153,7 +157,7 @@ def _sfp8_scales(pairs: list[tuple[Any, Array]]) -> dict[str, Array]:
     return scales
 
 
-class IntWrapper(_Mapped, kw_only=True):
+class IntWrapper(Mapped, kw_only=True):
     """A model that runs parameters of `gemma.peft.quantize`: integer kernels, each with its scale.
 
     Its own `init` makes such a tree, of random weights. Leaves that are no such kernels are taken as they are.

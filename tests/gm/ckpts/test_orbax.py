@@ -454,7 +454,7 @@ def test_what_is_an_orbax_folder(saved, tmp_path):
 def test_paths_of_published_parameters():
     assert str(ckpts.CheckpointPath.GEMMA3_4B_IT) == "gs://gemma-data/checkpoints/gemma3-4b-it"
     assert ckpts.CheckpointPath.GEMMA3N_E2B_PT == "gs://gemma-data/checkpoints/gemma3n-e2b-pt"
-    assert len(ckpts.CheckpointPath) == 20 and isinstance(ckpts.CheckpointPath.GEMMA2_2B_PT, str)
+    assert len(ckpts.CheckpointPath) == 28 and isinstance(ckpts.CheckpointPath.GEMMA2_2B_PT, str)
 
 
 def test_a_published_name_is_found_in_the_cache(tmp_path, monkeypatch):
