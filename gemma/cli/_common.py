@@ -167,15 +167,15 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: real[match[1]], text)
 
 
-def read_text(argument: str | None, file: str | None, what: str) -> str:
-    """The text of a command: its argument, a file, or standard input ("-", or no argument and a pipe).
+def read_text(argument: str | None, file: str | None, what: str, *, flag: str = "--prompt-file") -> str:
+    """The text of a command: its argument, a file (of `flag`), or standard input ("-", or no argument and a pipe).
 
     One newline at the end of a file or of standard input is dropped, as editors and `echo` put it there.
     """
     if argument is not None and file is not None:
-        raise PromptError(f"expected either {what.upper()} or --prompt-file, got both")
+        raise PromptError(f"expected either {what.upper()} or {flag}, got both")
     if file is not None:
-        return _decoded(_file_bytes(file), file)
+        return _decoded(_file_bytes(file, flag), file)
     if argument is None and is_terminal(sys.stdin):
         raise PromptError(f'expected {what.upper()}, for example "The history of computing began", or - to read a pipe')
     if argument is None or argument == "-":
@@ -189,12 +189,12 @@ def read_text(argument: str | None, file: str | None, what: str) -> str:
     return argument
 
 
-def _file_bytes(path: str) -> bytes:
+def _file_bytes(path: str, flag: str) -> bytes:
     try:
         return Path(path).expanduser().read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise PromptError(f"--prompt-file {path}: cannot be read ({reason}); give the path of a text file") from error
+        raise PromptError(f"{flag} {path}: cannot be read ({reason}); give the path of a text file") from error
 
 
 def _decoded(raw: bytes, where: str) -> str:

@@ -93,7 +93,7 @@ def read_text(path: Path, source: str | None, tokens: int | None) -> Text:
     if source in (None, BUILT_IN):
         name, text = BUILT_IN, _of_python()
     else:
-        name, text = str(source), _common.read_text(None, str(source), "text")
+        name, text = str(source), _common.read_text(None, str(source), "text", flag="--text")
     ids = tokenizer.encode(text, parse_special=False)
     ids = [token for token in ids if token != tokenizer.special.bos]
     if not ids:

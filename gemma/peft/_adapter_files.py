@@ -26,6 +26,7 @@ from gemma.errors import CheckpointError, ConfigError
 from gemma.gm.ckpts._load import insert
 from gemma.gm.ckpts._orbax import flatten
 from gemma.gm.nn._lora import LoRA
+from gemma.gm.nn._quantization import Mapped
 from gemma.gm.typing import DType, Params
 from gemma.peft import _fused_layers, _tree
 from gemma.peft._spec import LoRASpec
@@ -83,7 +84,7 @@ def adapter_file(params: Params, model: LoRA, *, base_model: str = "") -> Adapte
     """The adapters of a tree in canonical names and axes; arguments as in `save_adapter`."""
     if not isinstance(model, LoRA):
         raise ConfigError(f"model: expected the gm.nn.LoRA that the parameters belong to, got {type(model).__name__}")
-    original, lora = map(flatten, _tree.split_params(params))
+    original, lora = _base(params, model.model), flatten(_tree.split_params(params).lora)
     if not lora:
         raise CheckpointError("save_adapter: the tree holds no adapter (no branch named lora)")
     groups = weights.groups(weights.tensors(model.config.gemma), "flax")
@@ -116,6 +117,12 @@ def _norms(original: Mapping[str, Any], site: _tree.Site, a: np.ndarray, b: np.n
     lead = _tree.contraction(site, a.shape, b.shape, weight.shape, _tree.summed_axis(members[0]))
     axes = tuple(range(lead, lead + a.ndim - 1))
     return np.sqrt(np.sum(np.square(weight.astype(np.float32)), axis=axes))
+
+
+def _base(params: Params, model: Any) -> dict[str, Any]:
+    """The base weights that an adapter sees, slash name to leaf: behind a wrapper of quantization, the rounded ones."""
+    original = _tree.split_params(params).original
+    return flatten(model.seen(original) if original and isinstance(model, Mapped) else original)
 
 
 def _dense(leaf: Any) -> np.ndarray:
@@ -159,7 +166,8 @@ def load_adapter(
 
     Args:
       path: a PEFT folder, or a GGUF adapter.
-      model: the base model, such as `gm.nn.Gemma3_1B()`; it may be a wrapper with packed weights.
+      model: the base model, such as `gm.nn.Gemma3_1B()`; or `QuantizationAwareWrapper` or `IntWrapper` around it: the
+        adapter's base is then the rounded weights.
       params: of the base; with them it is checked that they are those that the adapter was trained on, if the file says.
         A DoRA adapter needs them.
       check_base: False: any base of the right shape will do.
@@ -171,7 +179,7 @@ def load_adapter(
     """
     config = model.config.gemma
     file = open_adapter(path, config)
-    base = None if params is None else flatten(_tree.split_params(params).original)
+    base = None if params is None else _base(params, model)
     groups = weights.groups(weights.tensors(config), "flax")
     if base is not None and check_base and file.base_checksum:
         values = _canonical(base, set(file.tensors), groups)

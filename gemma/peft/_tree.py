@@ -24,6 +24,7 @@ from gemma import weights
 from gemma.errors import CheckpointError, ConfigError
 from gemma.gm.ckpts._load import insert
 from gemma.gm.ckpts._orbax import flatten
+from gemma.gm.nn._quantization import Mapped
 from gemma.gm.typing import Array, Params
 from gemma.peft._lora import norm
 from gemma.peft._spec import EMBEDDER, LoRASpec
@@ -134,7 +135,8 @@ def fuse_params(params: Params, model: Any = None) -> dict[str, Any]:
 
     Raises:
       CheckpointError: (a ValueError) no adapter, or one whose weight is missing, packed, or of another shape.
-      ConfigError: (a ValueError) an adapter of the embedding's input only, which has no fused form.
+      ConfigError: (a ValueError) an adapter of the embedding's input only, which has no fused form; or adapters over
+        `QuantizationAwareWrapper` or `IntWrapper`.
     """
     original, lora = split_params(params)
     return _folded(original, lora, model, _fuse)
@@ -158,7 +160,12 @@ def unfuse_params(fused: Params, lora: Params, model: Any = None) -> dict[str, A
 
 def _folded(original: Params, lora: Params, model: Any, change: Any) -> dict[str, Any]:
     base, factors = flatten(original), flatten(lora)
-    spec = getattr(model, "spec", model)
+    spec, inner = getattr(model, "spec", model), getattr(model, "model", None)
+    if isinstance(inner, Mapped):
+        raise ConfigError(
+            f"model: its adapters sit on the weights that {type(inner).__name__} makes, not on those of this tree: fuse "
+            f"into lora.model.seen(base), with the gm.nn.LoRA of the network itself"
+        )
     if not factors:
         raise CheckpointError("fuse_params: the tree holds no adapter (no branch named lora)")
     leads = _leads(model)

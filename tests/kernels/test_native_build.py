@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gemma.errors import KernelError
-from gemma.kernels import build
+from gemma.kernels import _native, build
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +22,12 @@ def compiler():
         return build.find_compiler()
     except KernelError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.skipif(os.environ.get("GEMMA_NATIVE", "") == "0", reason="GEMMA_NATIVE=0: asked to do without")
+def test_where_a_compiler_is_the_library_is_too(compiler):
+    """The tests of native code are skipped without it: a source that does not compile must not turn them all off."""
+    assert _native.library() is not None, f"{compiler.command} is here, but the library is {_native.why_missing()}"
 
 
 @pytest.fixture

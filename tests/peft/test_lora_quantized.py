@@ -131,3 +131,18 @@ def test_packed_weights_are_not_fused_into_and_dora_looks_at_them(base, lora):
     ratios = [_lora.dora_ratio(tree["layer_0"]["attn"]["q_einsum"]["w"], a, b, eqn, 2.0) for tree in (params, floats)]
     np.testing.assert_array_equal(*ratios)
     assert np.abs(ratios[0] - 1).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["int", "qat"])
+def test_the_base_of_a_saved_adapter_is_the_rounded_one(kind, base, lora, tmp_path):
+    inner, params, floats = wrapped(kind, base)
+    model = gm.nn.LoRA(rank=2, model=inner, targets=TARGETS, dtype=jnp.float32)
+    merged = peft.merge_params(params, lora)
+    with pytest.raises(ConfigError, match=rf"on the weights that {type(inner).__name__} makes"):
+        peft.fuse_params(merged, model)
+    peft.save_adapter(tmp_path / "adapter", merged, model)
+    for network, tree in ((inner, params), (base[1], floats)):  # the same base
+        again = peft.load_adapter(tmp_path / "adapter", network, tree)
+        jax.tree.map(np.testing.assert_array_equal, again.lora, lora)
+    with pytest.raises(CheckpointError, match="other weights"):
+        peft.load_adapter(tmp_path / "adapter", base[1], base[2])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,10 +37,15 @@ def tiny(family: str, folder: Path):
     return config, folder, nn.Transformer.from_config(config, dtype=jnp.float32)
 
 
-def logits(net, params) -> np.ndarray:
-    import jax
+@functools.cache
+def program(net):
+    """Compiled once for each kind of tree."""
+    return jax.jit(lambda p: net.apply({"params": p}, IDS).logits)
 
-    return np.asarray(jax.jit(lambda p: net.apply({"params": p}, IDS).logits)(params))
+
+def logits(net, params) -> np.ndarray:
+    """float32 [B, T, V]."""
+    return np.asarray(program(net)(params))
 
 
 def load(path: Path, **options):

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
+import numpy as np
 import pytest
 
 
@@ -45,3 +49,39 @@ def llama(demo):
     model = real_harness.LlamaCpp(demo)
     yield model
     model.close()
+
+
+class TextLogits(NamedTuple):
+    """Hugging Face on the public-domain text of 627 tokens, longer than the window of 512."""
+
+    ids: list[int]
+    logits: np.ndarray  # float32 [T, V], eager attention
+    spread: np.ndarray  # [T]: how far the logits of its other attention (sdpa) lie from these, at most
+
+
+@pytest.fixture(scope="session")
+def hf_text(hf, checkpoint):
+    """Both frameworks are compared with it, so it is computed once."""
+    import real_harness
+
+    from gemma.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source())
+    ids = tokenizer.encode(real_harness.TEXT.read_text().rstrip("\n"), add_bos=True)
+    assert ids[0] == 2 and 600 < len(ids) < 700
+    logits = real_harness.hf_logits(hf, ids)
+    hf.set_attn_implementation("sdpa")
+    try:
+        other = real_harness.hf_logits(hf, ids)
+    finally:
+        hf.set_attn_implementation("eager")
+    spread = np.array([np.abs(a - b).max() for a, b in zip(logits, other)])
+    assert 0 < spread.max() < 1e-3, "the two attentions of Hugging Face are the same one, or broken"
+    return TextLogits(ids, logits, spread)
+
+
+@pytest.fixture(scope="session")
+def llama_greedy(llama):
+    """`llama_greedy(ids, steps)`: what llama.cpp says and its logits, each prompt once for both frameworks."""
+    once = functools.cache(llama.greedy)
+    return lambda ids, steps: once(tuple(ids), steps)

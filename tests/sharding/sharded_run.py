@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from gemma import gm
 from gemma.testing import ByteTokenizer, tiny_config, write_tiny_safetensors
 
-CONFIG = tiny_config("gemma3", num_attention_heads=4, num_key_value_heads=2, vocab_size=320, intermediate_size=96)
+SIZES = dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=320, intermediate_size=96)
+CONFIG = tiny_config("gemma3", num_hidden_layers=2, layer_pattern="LG", **SIZES)  # a layer of each kind
 TOKENS = np.random.default_rng(0).integers(3, 300, (8, 12))
 
 

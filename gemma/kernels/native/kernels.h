@@ -94,7 +94,8 @@ const Kernels* avx2_kernels();    // NULL where this build does not hold them
 const Kernels* avx512_kernels();  // AVX-512 F, BW, DQ, VL, VNNI
 const Kernels* neon_kernels();
 
-// Runs f(thread) on every thread of the pool, the caller being thread 0; returns when all are done.
+// Runs f(thread) on the caller, thread 0, and on the workers that come in time; returns when all of these are done. So f
+// hands out its parts from a counter, and ends when none is left.
 class Pool;
 Pool* pool_new(int threads);
 void pool_free(Pool*);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The thread pool: workers spin for a moment after each job, since the next one follows in microseconds, then park.
 //
-// A job is one function that every thread runs with its own number; the caller is thread 0. Jobs do not nest. In a
+// A job is one function that hands out its own parts, run by the caller, thread 0, and by each worker that comes while
+// there is something left: one that the system runs late, on a busy machine, is not waited for. Jobs do not nest. In a
 // process that was forked from the one that made the pool there are no workers: the caller runs alone.
 #include <pthread.h>
 #include <sched.h>
@@ -54,7 +55,7 @@ class Pool {
     {
       std::lock_guard<std::mutex> guard(mutex_);
       stop_ = true;
-      epoch_.fetch_add(1, std::memory_order_release);
+      gate_.store(next_job(), std::memory_order_release);
     }
     wake_.notify_all();
     for (int i = 1; i < size_; ++i)
@@ -68,40 +69,51 @@ class Pool {
     const int threads = size();
     if (threads == 1) return f(arg, 0, 1);
     job_ = f, arg_ = arg;
-    left_.store(threads - 1, std::memory_order_relaxed);
-    epoch_.fetch_add(1, std::memory_order_seq_cst);
+    gate_.store(next_job(), std::memory_order_seq_cst);
     if (parked_.load(std::memory_order_seq_cst)) {
-      std::lock_guard<std::mutex> guard(mutex_);  // a worker about to park has seen the new epoch or waits already
+      std::lock_guard<std::mutex> guard(mutex_);  // a worker about to park has seen the new job or waits already
       wake_.notify_all();
     }
     f(arg, 0, threads);
-    for (int spin = 0; left_.load(std::memory_order_acquire); ++spin) {
+    gate_.fetch_or(kClosed, std::memory_order_acq_rel);  // nothing is left: who has not come need not
+    for (int spin = 0; gate_.load(std::memory_order_acquire) & kInside; ++spin) {
       if (spin < kSpins) relax();
       else sched_yield();
     }
   }
 
  private:
+  // The gate of a job: its number above, whether it is closed, and how many workers are inside.
+  static constexpr uint64_t kInside = 0xffff, kClosed = 0x10000, kJob = 0x20000;
+
+  uint64_t next_job() const { return (gate_.load(std::memory_order_relaxed) / kJob + 1) * kJob; }
+
   void work(int number) {
-    uint32_t seen = 0;
+    uint64_t seen = 0;
     for (;;) {
-      wait(seen);
-      seen = epoch_.load(std::memory_order_acquire);
+      uint64_t gate = wait(seen);
+      seen = gate / kJob;
       if (stop_) return;
-      job_(arg_, number, size_);
-      left_.fetch_sub(1, std::memory_order_release);
+      while (gate / kJob == seen && !(gate & kClosed))
+        if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+          job_(arg_, number, size_);
+          gate_.fetch_sub(1, std::memory_order_release);
+          break;
+        }
     }
   }
 
-  void wait(uint32_t seen) {
+  uint64_t wait(uint64_t seen) {
+    uint64_t gate = 0;
     for (int spin = 0; spin < kSpins; ++spin) {
-      if (epoch_.load(std::memory_order_acquire) != seen) return;
+      if ((gate = gate_.load(std::memory_order_acquire)) / kJob != seen) return gate;
       relax();
     }
     std::unique_lock<std::mutex> guard(mutex_);
     parked_.fetch_add(1, std::memory_order_seq_cst);
-    while (epoch_.load(std::memory_order_seq_cst) == seen) wake_.wait(guard);
+    while ((gate = gate_.load(std::memory_order_seq_cst)) / kJob == seen) wake_.wait(guard);
     parked_.fetch_sub(1, std::memory_order_seq_cst);
+    return gate;
   }
 
   int size_;
@@ -109,9 +121,9 @@ class Pool {
   std::thread* workers_ = nullptr;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint32_t> epoch_{0};
-  std::atomic<int> parked_{0}, left_{0};
-  bool stop_ = false;
+  std::atomic<uint64_t> gate_{0};
+  std::atomic<int> parked_{0};
+  std::atomic<bool> stop_{false};
   void (*job_)(void*, int, int) = nullptr;
   void* arg_ = nullptr;
 };
