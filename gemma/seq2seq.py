@@ -106,7 +106,7 @@ def encode_inputs(
       max_length: the most tokens of a text.
 
     Raises:
-      PromptError: no text, an empty one, or one that is too long.
+      PromptError: no text, an empty one, one that is too long, or one in which padding is spelled.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     rows = [list(tokenizer.encode(text, add_bos=bos)) for text in texts]
@@ -115,10 +115,15 @@ def encode_inputs(
     for number, ids in enumerate(rows):
         if len(ids) <= int(bos):
             raise PromptError(f"input {number} is empty: an encoder needs at least one token to read")
+        if 0 in ids:
+            raise PromptError(f"input {number} holds padding (id 0): expected none inside of a text")
     longest = max(map(len, rows))
     if longest > max_length:
         raise PromptError(f"Max prompt length {longest} is longer than max input length {max_length}")
-    table = np.zeros((len(rows), max(longest, length or 0)), np.int32)
+    length = longest if length is None else length
+    if longest > length:
+        raise PromptError(f"inputs: the longest has {longest} tokens, got length={length}")
+    table = np.zeros((len(rows), length), np.int32)
     for row, ids in zip(table, rows):
         row[: len(ids)] = ids
     return table

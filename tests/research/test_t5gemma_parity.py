@@ -97,7 +97,7 @@ def test_the_window_of_the_official_code():
     assert gap(ours, theirs) < TOLERANCE
     wide = found.logits(target, tokens)
     assert gap(ours[:1], wide[:1]) > 1e-3  # 13 tokens: the window bites
-    assert gap(ours[2:], wide[2:]) < 1e-6  # 4 tokens: it does not
+    assert gap(ours[2:], wide[2:]) < TOLERANCE  # 4 tokens: it does not; two programs, so not bit for bit
 
 
 @pytest.mark.parametrize("name", ["t5gemma", "t5gemma2"])

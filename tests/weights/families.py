@@ -40,7 +40,8 @@ FAMILIES: dict[str, GemmaConfig | PaliGemmaConfig | T5GemmaConfig | SiglipVision
         tiny_config("gemma2", **_SIDE),
     ),
     "t5gemma2": T5Gemma2Config(
-        tiny_config("gemma3", num_hidden_layers=2, vision=TOWER), tiny_config("gemma3", num_hidden_layers=3)
+        tiny_config("gemma3", num_hidden_layers=2, vision=TOWER, model_type="t5gemma2"),
+        tiny_config("gemma3", num_hidden_layers=3, model_type="t5gemma2"),
     ),
     "siglip": TOWER,
     "siglip-head": ALONE,

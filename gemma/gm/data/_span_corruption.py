@@ -72,7 +72,7 @@ class UL2Task:
 
     Attributes:
       tokenizer: of `gm.text` or `gemma.tokenizer`.
-      in_text: key of the element that holds the text, or its ids.
+      in_text: key of the element that holds the text (str, or bytes of UTF-8), or its ids.
       out_input, out_target, out_labels: keys of the result: what the encoder and the decoder read, what it should say.
       max_input_length, max_target_length: lengths of these arrays. A longer text is cut at random places.
       denoisers: what is drawn from.
@@ -96,6 +96,8 @@ class UL2Task:
     def __post_init__(self):
         if not self.denoisers:
             raise ConfigError("denoisers: expected at least one")
+        if self.sentinels is not None and not 1 <= len(self.sentinels) == len(set(self.sentinels)):
+            raise ConfigError(f"sentinels: expected at least one mark, all different, got {list(self.sentinels)!r:.80}")
         for name in ("max_input_length", "max_target_length"):
             if getattr(self, name) < 4:
                 raise ConfigError(f"{name}: expected at least 4 tokens, got {getattr(self, name)!r}")
@@ -104,7 +106,8 @@ class UL2Task:
         """One example; keys of the element other than the text stay.
 
         Raises:
-          PromptError: no text under `in_text`, or one of less than two tokens.
+          PromptError: no text under `in_text`, one of less than two tokens, or one that holds padding.
+      ConfigError: the denoiser's prefix fills the whole input.
         """
         if self.in_text not in element:
             raise PromptError(f"expected the key {self.in_text!r} in the element, got {', '.join(map(str, element))}")
@@ -123,7 +126,16 @@ class UL2Task:
         return self(element, rng)
 
     def _ids(self, text: Any) -> list[int]:
+        if isinstance(text, bytes):  # as TensorFlow's data sets give texts
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise PromptError(f"{self.in_text}: expected UTF-8, {error.reason} at byte {error.start}") from None
+        if not isinstance(text, str) and np.size(text) and np.asarray(text).dtype.kind not in "iu":
+            raise PromptError(f"{self.in_text}: expected a text or its ids, got {type(text).__name__}")
         ids = self.tokenizer.encode(text) if isinstance(text, str) else [int(i) for i in np.asarray(text).reshape(-1)]
+        if self.tokenizer.special.pad in ids:
+            raise PromptError(f"{self.in_text}: the text holds padding (id {self.tokenizer.special.pad})")
         if len(ids) < 2:
             raise PromptError(f"{self.in_text}: expected a text of at least two tokens, got {len(ids)}")
         return ids
@@ -133,6 +145,8 @@ class UL2Task:
         head = [special.bos] if self.bos else []
         head += self.tokenizer.encode(denoiser.prefix) if self.prefixes and denoiser.prefix else []
         room = self.max_input_length - len(head)
+        if room < 1:
+            raise ConfigError(f"max_input_length: {self.max_input_length} leave no room behind the prefix, {head}")
         if denoiser.mean_span is None:
             inputs, target = prefix_lm(ids, denoiser.rate, rng, room, self.max_target_length - 1)
         else:

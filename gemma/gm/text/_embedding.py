@@ -180,7 +180,10 @@ class TextEmbedder:
         table[len(rows) :, 0] = self.tokenizer.special.bos  # a row that is thrown away, but not one of nothing
         for line, row in zip(table, rows):
             line[: len(row)] = row
-        return np.asarray(self._apply(self.params, table))[: len(rows)]
+        found = np.asarray(self._apply(self.params, table))[: len(rows)]
+        if not np.isfinite(found).all():
+            raise CheckpointError("an embedding is not finite: the weights are damaged")
+        return found
 
     @functools.cached_property
     def _apply(self) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gemma.errors import PromptError, SamplingError, TokenizerError
+from gemma.errors import PromptError, SamplingError, ShapeError, TokenizerError
 from gemma.gm.text import Greedy, RandomSampling, SamplingMethod, TopkSampling, _cuts, _loop, _prompts, _sampling
 from gemma.gm.text._generate import blocked_ids, end_array
 from gemma.gm.text._sampler_call import jax_key
@@ -144,6 +144,7 @@ class Sampler:
             if return_state:
                 raise PromptError("prompt is an empty list: there is no state to return")
             return iter(()) if stream else []
+        images = None if images is None else np.asarray(images)
         inputs = self._inputs(prompts, images)
         count = self._count(max_new_tokens)
         how, choice, uniforms = self._picking(self.sampling if sampling is None else sampling, len(inputs))
@@ -197,14 +198,16 @@ class Sampler:
     def _inputs(self, prompts: _prompts.Prompts, images: Any) -> np.ndarray:
         """The prompts as the encoder reads them, int32 [B, S]."""
         rows = []
+        if images is not None and images.ndim != 5:
+            raise ShapeError(f"images: expected [{len(prompts.items)}, I, H, W, 3], got {images.shape}")
         for number, item in enumerate(prompts.items):
+            as_ids = isinstance(item[0] if item else "", (int, np.integer))
             if isinstance(item, str):
                 ids = list(self.tokenizer.encode(item, add_bos=self.bos))
             else:
                 ids = _prompts.encode(item, self.tokenizer, held=(), images=0 if images is None else images.shape[1])
-                turns = not isinstance(item[0], (int, np.integer))
-                ids = ids[1:] if turns and not self.bos else ids
-            if images is not None and self.model.config.merged:
+                ids = ids if as_ids or self.bos else ids[1:]
+            if images is not None and self.model.config.merged and not as_ids:  # ids hold the image tokens already
                 ids = _inputs.expand_images(ids, self.model.config.source)
             if len(ids) <= int(self.bos and isinstance(item, str)) or 0 in ids:
                 what = "holds padding (id 0)" if 0 in ids else "is empty: an encoder needs at least one token to read"
@@ -217,6 +220,7 @@ class Sampler:
         for row, ids in zip(table, rows):
             row[: len(ids)] = ids
         _inputs.check_inputs(table, None, self.model.config)
+        _inputs.check_images(images, table, self.model.config)  # under jit only shapes can be looked at
         return table
 
     def _width(self, count: int) -> int:
