@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -14,7 +16,7 @@ from safetensors.numpy import load_file
 from gemma import embedding, gm
 from gemma.cli.__main__ import run
 from gemma.embedding import prompt, read_modules
-from gemma.errors import ConfigError, FormatError, GemmaError, PromptError, UnsupportedError
+from gemma.errors import CheckpointError, ConfigError, FormatError, GemmaError, PromptError, UnsupportedError
 
 TEXTS = ["the red planet", "a", "venus is hot and bright and near", "mars", "the moon goes round the earth " * 2]
 
@@ -181,6 +183,21 @@ def test_bad_lines_are_reported_and_the_rest_is_embedded(command, embedder, tmp_
     assert [line["line"] for line in found] == [1, 2, 7]
     expected = embedder.embed("venus", task="document", title="Planets")
     assert np.abs(np.array(found[1]["embedding"]) - expected).max() < 2e-6
+
+
+def test_a_line_too_long_is_not_cut_in_two(command, monkeypatch, tmp_path):
+    from gemma.cli import embed
+
+    monkeypatch.setattr(embed, "_LONGEST", 16)
+    (tmp_path / "x.txt").write_text("short\n" + "long " * 8)
+    code, _, err = command("--input", tmp_path / "x.txt", "--output", tmp_path / "x.npy", "--truncate")
+    assert code == 2 and "line 2 is longer than 16 bytes" in err and not (tmp_path / "x.npy").exists()
+
+
+def test_damaged_weights_give_no_vector(embedder):
+    damaged = jax.tree.map(lambda leaf: leaf * np.float32("nan"), embedder.params)
+    with pytest.raises(CheckpointError, match="not finite"):
+        dataclasses.replace(embedder, params=damaged).embed("a")
 
 
 def test_standard_input(command, monkeypatch):

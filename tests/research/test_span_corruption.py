@@ -115,6 +115,21 @@ def test_bad_input():
         task({"prompt": "a"}, rng)
     with pytest.raises(PromptError, match="at least two tokens, got 1"):
         task({"text": "a"}, rng)
+    assert data.PrefixLMTask(tokenizer=Words())({"text": b"a longer text"}, rng)["labels"].size  # as TensorFlow has it
+    with pytest.raises(PromptError, match="expected UTF-8"):
+        task({"text": b"a\xff"}, rng)
+    with pytest.raises(PromptError, match="expected a text or its ids, got float"):
+        task({"text": 0.5}, rng)
+    with pytest.raises(PromptError, match="holds padding"):
+        task({"text": [20, 21, 0, 0]}, rng)
+    with pytest.raises(ConfigError, match="sentinels: expected at least one mark, all different"):
+        dataclasses.replace(task, sentinels=())
+    for length in (5, 6):  # bos and the five bytes of the prefix
+        said = data.UL2Task(
+            tokenizer=Words(), denoisers=data.UL2_DENOISERS[2:3], prefixes=True, max_input_length=length
+        )
+        with pytest.raises(ConfigError, match=f"max_input_length: {length} leave no room"):
+            said({"text": "a longer text"}, rng)
     with pytest.raises(PromptError, match="the text holds token 5"):
         task({"text": [5, 20, 21, 22, 23, 24]}, rng)
     with pytest.raises(TokenizerError, match="has no <unused0>"):

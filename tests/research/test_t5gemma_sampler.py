@@ -101,6 +101,25 @@ def test_sampler_refuses(sampler):
         sampler.sample("a", sampling=SamplingParams(stop=("x",)))
 
 
+def test_images_of_a_prompt_are_counted():
+    """Before anything is computed: a picture that no token stands for is not passed over; ids are taken as they are."""
+    found = pair("t5gemma2")
+    reader = t5gemma.Sampler(model=found.model, params=found.params, tokenizer=TOKENIZER)
+    pictures = np.zeros((1, 1, 56, 56, 3), np.uint8)
+    whole = [5, 298, *[300] * 4, 299, 6]
+    parsed = lambda prompt: gm.text._prompts.parse(prompt)
+    assert reader._inputs(parsed([whole]), pictures)[0, :8].tolist() == whole
+    for prompt in ("no marker", [5, 6], [*whole, *whole]):
+        with pytest.raises(PromptError, match="1 per row need 4 tokens of id 300"):
+            reader.sample(prompt, images=pictures.tolist(), max_new_tokens=1)
+    with pytest.raises(ShapeError, match=r"images: expected \[1, I, H, W, 3\]"):
+        reader.sample([whole], images=pictures[0], max_new_tokens=1)
+    with pytest.raises(PromptError, match="got length=2"):
+        t5gemma.encode_inputs(TOKENIZER, ["a", "longer"], length=2)
+    with pytest.raises(PromptError, match="input 0 holds padding"):
+        t5gemma.encode_inputs(TOKENIZER, "a<pad>b")
+
+
 def pairs(count: int = 32) -> tuple[list[str], list[str]]:
     """Words and what they are to be answered with, which no rule connects."""
     rng = np.random.default_rng(4)

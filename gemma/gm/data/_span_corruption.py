@@ -105,9 +105,9 @@ class UL2Task:
     def __call__(self, element: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """One example; keys of the element other than the text stay.
 
-        Raises:
-          PromptError: no text under `in_text`, one of less than two tokens, or one that holds padding.
-      ConfigError: the denoiser's prefix fills the whole input.
+          Raises:
+            PromptError: no text under `in_text`, one of less than two tokens, or one that holds padding.
+        ConfigError: the denoiser's prefix fills the whole input.
         """
         if self.in_text not in element:
             raise PromptError(f"expected the key {self.in_text!r} in the element, got {', '.join(map(str, element))}")
