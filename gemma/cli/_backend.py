@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma.cli._common import note
-from gemma.errors import CheckpointError, ConfigError, DependencyError, FormatError, TokenizerError
+from gemma.errors import CheckpointError, ConfigError, DependencyError, FormatError, TokenizerError, UnsupportedError
 
 if TYPE_CHECKING:
     from gemma.config import GemmaConfig
@@ -197,6 +197,8 @@ def _open_jax(name: str, path: Path, asked: Options) -> Opened:
     from gemma.gm.text._load import load_model
 
     if is_seq2seq(path):
+        if asked.adapter is not None:
+            raise UnsupportedError(f"{path}: holds a T5Gemma, which takes no adapter here; leave --adapter out")
         loaded, writer = load_writer(path, asked.dtype)
         if loaded.tokenizer is None:
             raise no_tokenizer(path)
