@@ -99,6 +99,13 @@ def test_a_dense_layer_of_another_size_is_reported(oracle, tmp_path):
         gm.text.TextEmbedder.load(tmp_path / "m")
 
 
+def test_an_encoder_without_its_dense_layers_is_refused(oracle, tmp_path):
+    shutil.copytree(oracle.folder, tmp_path / "m")
+    (tmp_path / "m" / "modules.json").unlink()
+    with pytest.raises(CheckpointError, match=r"expected modules\.json"):
+        gm.text.TextEmbedder.load(tmp_path / "m")
+
+
 def test_a_decoder_is_no_encoder(tmp_path):
     from gemma import testing
 

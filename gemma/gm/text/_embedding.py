@@ -61,7 +61,7 @@ class TextEmbedder:
         Raises:
           CheckpointNotFound, HubError, FormatError, WeightsMismatch: the checkpoint cannot be read.
           UnsupportedError: the model is no encoder.
-          CheckpointError: no tokenizer, or one with more ids than the model.
+          CheckpointError: no tokenizer, or one with more ids than the model; no `modules.json`.
         """
         path = hub.resolve(path)
         with open_checkpoint(path) as checkpoint:
@@ -71,6 +71,11 @@ class TextEmbedder:
             source, modules = checkpoint.tokenizer_source(), getattr(checkpoint, "modules", None)
             if source is None:
                 raise CheckpointError(f"{path}: no tokenizer beside the model; put its tokenizer.model there")
+            if modules is None:
+                raise CheckpointError(
+                    f"{path}: expected modules.json and the folders of the dense layers that it names beside the encoder; "
+                    f"without them the vectors would be others: fetch the whole model"
+                )
         tokenizer = Tokenizer.from_source(source)
         if tokenizer.vocab_size > config.table_rows:
             raise CheckpointError(
@@ -78,9 +83,8 @@ class TextEmbedder:
                 f"do not belong together"
             )
         params = _load.load_params(path, dtype=dtype)
-        prompts = embedding.TASKS if modules is None else modules.prompts
         model = EmbeddingGemma.from_config(config, dtype=jnp.dtype(dtype))
-        return cls(model, params, tokenizer, prompts, _adds_eos(path))
+        return cls(model, params, tokenizer, modules.prompts, _adds_eos(path))
 
     @property
     def width(self) -> int:
