@@ -24,7 +24,7 @@ import numpy as np
 from gemma import weights
 from gemma._atomic import atomic_folder
 from gemma._hf_json import read_object
-from gemma.adapters import CHECKSUM, AdapterFile, LowRank
+from gemma.adapters import CHAT, CHECKSUM, AdapterFile, LowRank, says_chat
 from gemma.checkpoint import open_checkpoint
 from gemma.errors import CheckpointError, CheckpointNotFound, FormatError, UnsupportedError, WeightsMismatch
 from gemma.formats.safetensors import write_safetensors
@@ -65,7 +65,7 @@ def read(path: Path, config: Any) -> AdapterFile:
             module = next(iter(found.values()))[1]
             tensors[name] = _low_rank(arrays, module, settings, file, name)
         head = _head(opened, config, settings, file)
-        checksum = str(opened.metadata.get(CHECKSUM, ""))
+        checksum, chat = str(opened.metadata.get(CHECKSUM, "")), says_chat(opened.metadata)
     tied = settings.flag("ensure_weight_tying") or "embed" not in tensors
     if head is not None:
         own = tensors.get("embed")
@@ -82,6 +82,7 @@ def read(path: Path, config: Any) -> AdapterFile:
         base_model=settings.text("base_model_name_or_path"),
         base_checksum=checksum,
         path=path,
+        chat=chat,
     )
 
 
@@ -225,6 +226,7 @@ def write(path: Path, adapter: AdapterFile, config: Any, table: Mapping[str, wei
         if low.magnitude is not None:
             arrays[f"{key}lora_magnitude_vector"] = low.magnitude
     metadata = {"format": "pt"} | ({CHECKSUM: adapter.base_checksum} if adapter.base_checksum else {})
+    metadata |= {CHAT: "true"} if adapter.chat else {}
     settings = json.dumps(_config(adapter, modules, config), indent=2, sort_keys=True)
     with atomic_folder(path, replace=replace, manifest=False) as folder:
         (folder / CONFIG).write_text(settings + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ from gemma import weights
 from gemma.errors import CheckpointError, ConfigError, UnsupportedError, WeightsMismatch
 
 _SAMPLES = 64  # values of each tensor that the checksum of a base looks at
-CHECKSUM = "gemmakit.base_checksum"  # key of a file's metadata
+CHECKSUM, CHAT = "gemmakit.base_checksum", "gemmakit.chat"  # keys of a file's metadata
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,6 +80,7 @@ class AdapterFile:
       base_model: name of the model that it was trained on, "" if it does not say.
       base_checksum: of the tensors that it changes, as `checksum` computes it; "" if it does not say.
       path: of the file or folder; None for one that was made in memory.
+      chat: it was trained on turns in the model's chat template, and is to be spoken to in it.
     """
 
     tensors: Mapping[str, LowRank]
@@ -89,6 +90,7 @@ class AdapterFile:
     base_model: str = ""
     base_checksum: str = ""
     path: Path | None = None
+    chat: bool = False
 
     @property
     def use_dora(self) -> bool:
@@ -168,6 +170,25 @@ def open_adapter(path: str | os.PathLike[str], config: Any) -> AdapterFile:
     adapter = (_adapter_gguf if is_gguf else _adapter_peft).read(path, config)
     adapter.check(config)
     return adapter
+
+
+def is_chat(path: str | os.PathLike[str]) -> bool:
+    """Whether an adapter's file says that it was trained on turns in a chat template; False where it cannot be read."""
+    from gemma import _adapter_peft
+    from gemma.checkpoint import open_checkpoint
+
+    path = Path(path)
+    file = path / _adapter_peft.WEIGHTS if path.is_dir() else path
+    try:
+        with open_checkpoint(file) as opened:
+            return says_chat(opened.metadata)
+    except CheckpointError:
+        return False
+
+
+def says_chat(metadata: Mapping[str, Any]) -> bool:
+    """`AdapterFile.chat` of a file's metadata."""
+    return str(metadata.get(CHAT, "")) == "true"
 
 
 def save_adapter_file(

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from gemma import _quants_mixes, hub, quants, weights
 from gemma import config as configs
+from gemma.adapters import AdapterFile, refuse_untied
 from gemma.checkpoint import Checkpoint, load_tensors, open_checkpoint
 from gemma.errors import UnsupportedError, WeightsMismatch
 from gemma.quants import PackedTensor, QuantType
@@ -115,6 +116,28 @@ def load_weights(
 
         for name, value in packed.items():
             modules.replace(model, name, value, dtype)
+
+
+def fuse_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: AdapterFile) -> None:
+    """Folds a LoRA adapter into the float parameters of a text decoder: float32 sums, rounded once.
+
+    Args:
+      model: with a `config`, loaded from `path`; its matrices may not be packed.
+      adapter: bound to that configuration.
+
+    Raises:
+      CheckpointError: the adapter was trained on another base. UnsupportedError: it changes the input embedding alone.
+    """
+    refuse_untied(adapter)
+    with open_checkpoint(path) as checkpoint:  # as the file has them: a checksum knows no float16
+        readers = {t.name: reader for t, reader in load_tensors(checkpoint, checkpoint.config(), text_only=True)}
+        adapter.check_base(lambda name: readers[name](np.float32))
+    table = adapter.check(model.config)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, low in adapter.tensors.items():
+            parameter = parameters[table[name].slots["hf"].name]
+            parameter.copy_(torch.from_numpy(low.apply(parameter.detach().float().cpu().numpy())))
 
 
 def _packed_types(

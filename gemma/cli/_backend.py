@@ -22,6 +22,7 @@ from gemma.cli._common import note
 from gemma.errors import CheckpointError, ConfigError, DependencyError, FormatError, TokenizerError, UnsupportedError
 
 if TYPE_CHECKING:
+    from gemma.adapters import AdapterFile
     from gemma.config import GemmaConfig
     from gemma.sampling import SamplingParams
     from gemma.serving.request import Request
@@ -63,7 +64,7 @@ class Options:
       threads: of the CPU.
       cache_type: of keys and values: "f32", "bf16" or "int8".
       speculate: most tokens guessed ahead; 0: none.
-      adapter: path of a LoRA adapter to fold into the weights; of the JAX backend.
+      adapter: path of a LoRA adapter; run beside the weights on the native CPU backend, folded into them on the others.
     """
 
     backend: str = "auto"
@@ -95,8 +96,6 @@ def open_model(name: str, **options: Any) -> Opened:
         raise ConfigError(f"--dtype: expected one of {', '.join(fit.DTYPES)}, got {asked.dtype!r}")
     if asked.backend in ("jax", "torch"):
         _only_native(asked, f"--backend {asked.backend} has no such setting")
-    if asked.adapter is not None and asked.backend not in ("auto", "jax"):
-        raise ConfigError(f"--adapter: is folded in by the JAX backend; --backend {asked.backend} does not take one")
     with waiting(f"loading {name}"):
         path = hub.resolve(name)
         if asked.backend == "auto":
@@ -107,7 +106,6 @@ def open_model(name: str, **options: Any) -> Opened:
 def _open_auto(name: str, path: Path, asked: Options) -> Opened:
     """The native kernels where they run this model on this machine, else JAX; a remark says why."""
     why = "it computes in float32" if asked.dtype != "float32" else _accelerator()
-    why = "it takes no adapter" if asked.adapter is not None else why
     if why is None:
         from gemma.checkpoint import open_checkpoint
         from gemma.cli._native import open_native, why_not
@@ -115,12 +113,22 @@ def _open_auto(name: str, path: Path, asked: Options) -> Opened:
         with open_checkpoint(path) as checkpoint:
             config = checkpoint.config()
             why = why_not(config)
+            low = _adapter_of(asked, config) if why is None else None
+            why = why_not(config, low)
             if why is None:
-                return open_native(name, path, checkpoint, config, asked)
+                return open_native(name, path, checkpoint, config, asked, low)
     _only_native(asked, f"JAX has no such setting, and the native CPU backend is not used: {why}")
     if why and asked.dtype == "float32":
         note(f"the native CPU backend is not used: {why}; this runs on JAX")
     return BACKENDS["jax"](name, path, asked)
+
+
+def _adapter_of(asked: Options, config: Any) -> AdapterFile | None:
+    """The adapter that was asked for, bound to a model."""
+    from gemma import config as configs
+    from gemma.adapters import open_adapter
+
+    return None if asked.adapter is None else open_adapter(Path(asked.adapter).expanduser(), configs.text_only(config))
 
 
 def _only_native(asked: Options, why: str) -> None:
@@ -146,6 +154,11 @@ def is_tuned(path: Path) -> bool:
     with open_checkpoint(path) as opened:
         if "tokenizer.chat_template" in opened.metadata:
             return True
+    return has_template(path) or re.search(r"(^|[-_.])it([-_.]|$)", path.name.lower()) is not None
+
+
+def has_template(path: Path) -> bool:
+    """Whether a folder holds a chat template, in a file of its own or in the tokenizer's settings."""
     if any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     settings = path / "tokenizer_config.json"
@@ -154,9 +167,8 @@ def is_tuned(path: Path) -> bool:
             values = json.loads(settings.read_text())
         except (ValueError, RecursionError) as error:
             raise FormatError(settings, None, f"expected JSON ({error})") from error
-        if isinstance(values, dict) and "chat_template" in values:
-            return True
-    return re.search(r"(^|[-_.])it([-_.]|$)", path.name.lower()) is not None
+        return isinstance(values, dict) and "chat_template" in values
+    return False
 
 
 class RunnerModel:
@@ -212,11 +224,16 @@ def _open_jax(name: str, path: Path, asked: Options) -> Opened:
 def _open_cpu(name: str, path: Path, asked: Options) -> Opened:
     from gemma.checkpoint import open_checkpoint
     from gemma.cli._native import open_native
+    from gemma.kernels._model import unserved
 
     if asked.dtype != "float32":
         raise ConfigError(f"--dtype: --backend cpu computes in float32, got {asked.dtype!r}; see --cache-type")
     with open_checkpoint(path) as checkpoint:
-        return open_native(name, path, checkpoint, checkpoint.config(), asked)
+        config = checkpoint.config()
+        why = unserved(config)
+        if why is not None:  # before its adapter is looked at
+            raise UnsupportedError(f"{path}: not for the native CPU decoder: {why}; use JAX or PyTorch")
+        return open_native(name, path, checkpoint, config, asked, _adapter_of(asked, config))
 
 
 def _open_torch(name: str, path: Path, asked: Options) -> Opened:
@@ -230,7 +247,7 @@ def _open_torch(name: str, path: Path, asked: Options) -> Opened:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     if tokenizer is None:
         raise no_tokenizer(path)
-    runner = load_runner(path, dtype=asked.dtype)
+    runner = load_runner(path, dtype=asked.dtype, adapter=asked.adapter)
     config = runner.info.config
     check_vocabulary(path, tokenizer, config)
     nameless = range(tokenizer.vocab_size, config.vocab_size)  # rows of the table that stand for no token

@@ -78,9 +78,9 @@ class Ours:
         return batch * steps / (time.perf_counter() - begin)
 
     def bytes_per_token(self, depth: int) -> int:
-        """That decoding one token must read: every weight once, and the keys and values that it attends to."""
+        """That decoding one token must read: every weight and factor once, and the keys and values that it attends to."""
         value = {"float32": 4, "bfloat16": 2, "int8": 1}[self._cache_type]
-        return self.model.weight_bytes + self.config.cache_bytes(depth, value)
+        return self.model.weight_bytes + self.model.adapter_bytes + self.config.cache_bytes(depth, value)
 
     def guessing(self, repeating: bool, steps: int) -> tuple[float, float]:
         """(time without guesses / time with them, share of right guesses) on one text; the tokens are compared."""
@@ -189,12 +189,13 @@ class ColdStart(NamedTuple):
     memory: int
 
 
-def cold_start(model: str, threads: int) -> ColdStart:
+def cold_start(model: str, threads: int, adapter: str | None = None) -> ColdStart:
     """`gemma generate` as a process of its own."""
     line = [sys.executable, "-m", "gemma.cli", "generate", "The history of computing began", "--no-echo", "-n", "2"]
+    with_adapter = [] if adapter is None else ["--adapter", adapter]
     begin = time.perf_counter()
     process = subprocess.Popen(
-        [*line, "--backend", "cpu", "--threads", str(threads), "--model", model],
+        [*line, "--backend", "cpu", "--threads", str(threads), "--model", model, *with_adapter],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

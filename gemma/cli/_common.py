@@ -50,7 +50,7 @@ Adapter = Annotated[
     typer.Option(
         "--adapter",
         metavar="PATH",
-        help="A LoRA adapter to fold into the weights: a PEFT folder or a GGUF adapter; runs on JAX.",
+        help="A LoRA adapter of this model: a PEFT folder or a GGUF adapter.",
         show_default=False,
     ),
 ]

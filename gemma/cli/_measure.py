@@ -43,7 +43,7 @@ def config_of(path: Path) -> Any:
       UnsupportedError: the model does not continue text.
     """
     from gemma import config as configs
-    from gemma.cli._proof import open_any
+    from gemma.gm._proof import open_any
 
     with open_any(path) as checkpoint:
         config = checkpoint.config()
@@ -82,7 +82,7 @@ def read_text(path: Path, source: str | None, tokens: int | None) -> Text:
       TokenizerError: the checkpoint has no tokenizer. PromptError: the file cannot be read, or is empty.
     """
     from gemma.cli import _common
-    from gemma.cli._proof import open_any
+    from gemma.gm._proof import open_any
     from gemma.tokenizer import Tokenizer
 
     with open_any(path) as checkpoint:

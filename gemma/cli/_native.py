@@ -14,24 +14,30 @@ from gemma.cli import _backend
 from gemma.errors import ConfigError
 
 if TYPE_CHECKING:
+    from gemma.adapters import AdapterFile
     from gemma.checkpoint import Checkpoint
     from gemma.cli._backend import Opened, Options
 
 
-def why_not(config: Any) -> str | None:
-    """Why the native backend cannot run a model here, as half a sentence; None where it can."""
-    from gemma.kernels import _native
+def why_not(config: Any, adapter: AdapterFile | None = None) -> str | None:
+    """Why the native backend cannot run a model here, or the adapter on it, as half a sentence; None where it can."""
+    from gemma.kernels import _adapter, _native
     from gemma.kernels._model import unserved
 
     why = unserved(config)
-    return why if why is not None or _native.library() is not None else f"its library is {_native.why_missing()}"
+    if why is None and _native.library() is None:
+        why = f"its library is {_native.why_missing()}"
+    return _adapter.unserved(adapter) if why is None and adapter is not None else why
 
 
-def open_native(name: str, path: Path, checkpoint: Checkpoint, config: Any, asked: Options) -> Opened:
-    """A checkpoint on native kernels.
+def open_native(
+    name: str, path: Path, checkpoint: Checkpoint, config: Any, asked: Options, adapter: AdapterFile | None = None
+) -> Opened:
+    """A checkpoint on native kernels, with an adapter beside its weights.
 
     Raises:
       UnsupportedError, KernelError: it cannot run there. TokenizerError: it came without a tokenizer.
+      CheckpointError: the adapter was trained on another base.
     """
     from gemma.kernels._model import CACHE_SHORT, NativeModel
     from gemma.serving._runner_cpu import CpuRunner
@@ -46,6 +52,6 @@ def open_native(name: str, path: Path, checkpoint: Checkpoint, config: Any, aske
         raise _backend.no_tokenizer(path)
     _backend.check_vocabulary(path, tokenizer, model.config)
     nameless = range(tokenizer.vocab_size, model.config.vocab_size)  # rows of the table that stand for no token
-    runner = CpuRunner(model, slots=0, top=0, blocked=nameless)
+    runner = CpuRunner(model, slots=0, top=0, blocked=nameless, adapter=adapter)
     flags = dict(cache_type=CACHE_SHORT[cache_type], speculate=asked.speculate)
     return _backend.Opened(name, path, tokenizer, model.config, _backend.RunnerModel(runner, **flags))

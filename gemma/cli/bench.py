@@ -42,6 +42,7 @@ def command(
     model: _common.Model = "demo",
     threads: _common.Threads = None,
     cache_type: _common.CacheType = None,
+    adapter: _common.Adapter = None,
     peers: Annotated[
         str | None, typer.Option("--peers", metavar="DIR", help="Environments with llama.cpp bindings to compare with.")
     ] = None,
@@ -57,18 +58,20 @@ def command(
     folder = None if peers is None else Path(peers).expanduser()
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--peers: expected a folder of Python environments, got {peers}")
-    result = _measured(model, threads, cache_type or "f32", folder, quick, rounds or (3 if quick else 5))
+    result = _measured(model, threads, cache_type or "f32", adapter, folder, quick, rounds or (3 if quick else 5))
     if not as_json:
         _common.write(_explained(result) + _common.columns(_table(result), right=(1, 2, 3, 4)) + "\n")
     _common.write(json.dumps(result) + "\n")
 
 
-def _measured(name: str, threads: int | None, cache_type: str, folder: Path | None, quick: bool, rounds: int) -> dict:
+def _measured(
+    name: str, threads: int | None, cache_type: str, adapter: str | None, folder: Path | None, quick: bool, rounds: int
+) -> dict:
     """Every figure; rates are tokens per second."""
     from gemma.cli import _bench_measure as measure
 
     begin = time.perf_counter()
-    opened = _backend.open_model(name, **_common.backend_options("cpu", "float32", threads, cache_type, 0))
+    opened = _backend.open_model(name, **_common.backend_options("cpu", "float32", threads, cache_type, 0, adapter))
     ours = measure.Ours(opened.model.runner, opened.tokenizer)
     load_seconds = time.perf_counter() - begin
     used, sizes = ours.model.context, _sizes(opened.config.max_position_embeddings, quick)
@@ -77,6 +80,8 @@ def _measured(name: str, threads: int | None, cache_type: str, folder: Path | No
         "threads": used.threads,
         "instruction_set": used.isa,
         "cache_type": cache_type,
+        "adapter": adapter,
+        "adapter_bytes": ours.model.adapter_bytes,
         "rounds": rounds,
         "load_average": round(os.getloadavg()[0], 2),
         "load_s": round(load_seconds, 3),
@@ -93,7 +98,7 @@ def _measured(name: str, threads: int | None, cache_type: str, folder: Path | No
             result["peers"].append(told)
         result["rows"] = _rates(sides, sizes, rounds, cache_type, result["bandwidth_GBps"] * 1e9)
         result["guessing"] = _guesses(ours, sizes, rounds, cache_type)
-        starts = [measure.cold_start(name, used.threads) for _ in range(rounds)]
+        starts = [measure.cold_start(name, used.threads, adapter) for _ in range(rounds)]
     result["cold_start_s"] = round(statistics.median(start.seconds for start in starts), 3)
     result["resident_bytes"] = max(start.memory for start in starts)
     result["ratios"] = _ratios(result["rows"])

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from gemma.cli import _backend, _common
+from gemma.cli import _assistant, _backend, _common
 from gemma.cli._conversation import Conversation
 from gemma.cli._generation import beginning, context_limit
 from gemma.cli._progress import waiting
@@ -25,10 +25,12 @@ HELP = """\
 Talk with a model over several turns.
 
 An instruction-tuned model is spoken to in its chat template. A pretrained (base) model, such as demo, knows no
-template: the conversation is wrapped in a text that shows a few turns, and chat says so. What you type is plain
-text: special tokens spelled out in it stay letters. Answers are drawn at random, with the settings recommended for
-Gemma 3, unless --temperature 0 is given. In a pipe every line is one turn, and only the answers are written;
-a line that begins with a slash but with none of the commands is a turn as well.
+template: the conversation is wrapped in a text that shows a few turns, and chat says so. Where gemmakit brings an
+assistant adapter for demo, chat uses that instead; --no-adapter leaves it out. An adapter of your own that was trained
+on conversations gets the chat template. What you type is plain text: special tokens spelled out in it stay letters.
+Answers are drawn at random, with the settings recommended for Gemma 3, unless --temperature 0 is given. In a pipe
+every line is one turn, and only the answers are written; a line that begins with a slash but with none of the
+commands is a turn as well.
 
 \b
 Commands in the conversation: /reset, /save FILE, /help, /exit.
@@ -72,6 +74,9 @@ def command(
     context: _common.Context = None,
     backend: _common.BackendName = "auto",
     adapter: _common.Adapter = None,
+    no_adapter: Annotated[
+        bool, typer.Option("--no-adapter", help="Without the assistant adapter that comes with gemmakit for demo.")
+    ] = False,
     threads: _common.Threads = None,
     cache_type: _common.CacheType = None,
     speculate: _common.Speculate = 0,
@@ -84,9 +89,9 @@ def command(
         raise PromptError(f"--as: expected auto, tuned or base, got {kind!r}")
     asked = _common.context_flag(context)
     options = _common.backend_options(backend, dtype, threads, cache_type, speculate, adapter)
-    opened = _backend.open_model(model, **options)
+    opened, answers = _assistant.open_for_chat(model, options, plain=no_adapter)
     length = context_limit(opened, asked) if asked else min(_CONTEXT, context_limit(opened, None))
-    base = kind == "base" or (kind == "auto" and not _backend.is_tuned(opened.path))
+    base = kind == "base" or (kind == "auto" and not answers and not _backend.is_tuned(opened.path))
     if base:
         _common.note(
             f"{opened.name} is a pretrained model, not tuned to answer: it gets a few-shot conversation to continue"

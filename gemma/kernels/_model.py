@@ -19,51 +19,18 @@ from typing import Any
 import numpy as np
 
 from gemma import config as configs
+from gemma.adapters import AdapterFile
 from gemma.checkpoint import Checkpoint, load_tensors
-from gemma.config import GemmaConfig, LayerSpec
+from gemma.config import GemmaConfig
 from gemma.errors import CheckpointError, ConfigError, KernelError, SamplingError, UnsupportedError
+from gemma.kernels._adapter import GkLayerAdapter, PackedAdapter, SampledWeight, refuse_unserved
+from gemma.kernels._model_structs import GkLayer, GkModelConfig, config_struct, layer_struct
 from gemma.kernels._native import Context, GkWeight, NativeWeight, library, why_missing
 
 CACHE_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}  # enum gk_cache_type
 CACHE_SHORT = {"f32": "float32", "bf16": "bfloat16", "int8": "int8"}
 _FAMILIES = ("gemma", "gemma2", "gemma3", "gemma3_text")
 _OUT_OF_MEMORY, _UNSUPPORTED, _NOT_FINITE = -2, -3, -4
-_NORMS = {
-    "attn_norm": "norm.pre_attn",
-    "post_attn_norm": "norm.post_attn",
-    "mlp_norm": "norm.pre_mlp",
-    "post_mlp_norm": "norm.post_mlp",
-    "q_norm": "attn.q_norm",
-    "k_norm": "attn.k_norm",
-}
-_MATRICES = {name: f"attn.{name}" for name in "qkvo"} | {name: f"mlp.{name}" for name in ("gate", "up", "down")}
-
-
-class GkLayer(ctypes.Structure):
-    """struct gk_layer."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _NORMS),
-        *((name, GkWeight) for name in _MATRICES),
-        *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
-        *((name, ctypes.c_float) for name in ("query_scale", "attn_softcap", "rope_base", "rope_scale")),
-    )
-
-
-class GkModelConfig(ctypes.Structure):
-    """struct gk_model_config."""
-
-    _fields_ = (
-        ("vocab_size", ctypes.c_int64),
-        ("hidden_size", ctypes.c_int64),
-        ("num_layers", ctypes.c_int32),
-        ("norm_eps", ctypes.c_float),
-        ("final_softcap", ctypes.c_float),
-        ("embed_scale", ctypes.c_float),
-        ("embedding", GkWeight),
-        ("head", GkWeight),
-        ("final_norm", ctypes.c_void_p),
-    )
 
 
 @functools.cache
@@ -85,6 +52,8 @@ def _library() -> ctypes.CDLL:
         "gk_model_length": (i64, pointer, i32),
         "gk_model_truncate": (ctypes.c_int, pointer, i32, i64),
         "gk_model_copy": (ctypes.c_int, pointer, i32, i32, i64),
+        "gk_model_set_adapter": (ctypes.c_int, pointer, ctypes.POINTER(GkLayerAdapter), i32, ctypes.c_float),
+        "gk_model_scale_adapter": (ctypes.c_int, pointer, ctypes.c_float),
         "gk_argmax": (i64, pointer, pointer, i64),
         "gk_top_k": (i64, pointer, pointer, i64, i64, pointer, pointer, ctypes.POINTER(ctypes.c_double)),
     }
@@ -120,7 +89,10 @@ class NativeModel:
     Attributes:
       config: of the text decoder.
       context: the instruction set and the threads that it runs on.
-      weight_bytes: that a token's computation reads, the embedding table counted once.
+      weight_bytes: that a token's computation reads, the embedding table counted once, an adapter not.
+      adapter: the one beside the weights, or None; `set_adapter` changes it.
+      adapter_scale: what multiplies its own scales.
+      adapter_bytes: of its factors, which every token reads as well.
     """
 
     def __init__(
@@ -156,18 +128,21 @@ class NativeModel:
             tensor.name: (tensor, reader)
             for tensor, reader in load_tensors(checkpoint, config, text_only=True, strict_values=True)
         }
+        self._weights: dict[str, NativeWeight] = {}
         weights = {name: self._weight(*found) for name, found in readers.items() if len(found[0].shape) > 1}
         norms = {name: self._norm(found[1]) for name, found in readers.items() if len(found[0].shape) == 1}
         self.weight_bytes = sum(weight.rows * weight.row_bytes for weight in weights.values())
         if "head" in weights:  # of the embedding only a row is read
             self.weight_bytes -= weights["embed"].rows * weights["embed"].row_bytes
-        layers = (GkLayer * len(self.config.layers))(*(_layer(s, weights, norms) for s in self.config.layers))
+        layers = (GkLayer * len(self.config.layers))(*(layer_struct(s, weights, norms) for s in self.config.layers))
         self.context = Context(threads, isa) if context is None else context
-        struct = _model_config(self.config, weights, norms)
+        struct = config_struct(self.config, weights, norms)
         self._model = self._lib.gk_model_new(self.context.handle, ctypes.byref(struct), layers)
         if not self._model:
             raise KernelError(f"{self._name}: {self._words()}")
         self._closer = weakref.finalize(self, _free, self._lib, self._model, self.context, os.getpid())
+        self.adapter: AdapterFile | None = None
+        self.adapter_scale, self.adapter_bytes = 0.0, 0
 
     def _weight(self, tensor: Any, reader: Any) -> GkWeight:
         try:
@@ -179,6 +154,7 @@ class NativeModel:
         if scale is not None and not np.isfinite(scale).all():
             raise CheckpointError(f"{self._name}: {reader.slot.name} has NaN or infinite scales: get an undamaged file")
         self._keep.append(weight)
+        self._weights[tensor.name] = weight
         return weight.struct
 
     def _norm(self, reader: Any) -> int:
@@ -224,6 +200,52 @@ class NativeModel:
             return False
         self._check(status, what)
         return True
+
+    # ---- an adapter beside the weights
+
+    def set_adapter(self, adapter: AdapterFile | None, *, scale: float = 1.0, check_base: bool = True) -> None:
+        """Puts an adapter beside the weights, instead of the one that is there; None takes it away.
+
+        Every slot is empty afterwards: what it held was computed with other weights. After an error nothing has changed.
+
+        Args:
+          adapter: bound to this model, from `gemma.adapters.open_adapter`.
+          scale: multiplies the adapter's own; 0 turns it off.
+          check_base: refuse another base than the one that the adapter was trained on, where it says which.
+
+        Raises:
+          UnsupportedError: a kind that only JAX runs. CheckpointError: another base, NaN or infinity.
+          WeightsMismatch: tensors that this model does not have, or of another shape. ConfigError: the scale.
+        """
+        scale = _finite(scale)
+        if adapter is None:
+            packed, layers, kind = None, None, 0
+        else:
+            refuse_unserved(adapter)
+            adapter.check(self.config)
+            if check_base:
+                adapter.check_base(self._sampled)
+            packed = PackedAdapter(adapter, len(self.config.layers))
+            layers, kind = packed.layers, packed.type
+        self._check(self._call("gk_model_set_adapter", layers, kind, scale), "set_adapter")
+        self.adapter, self.adapter_bytes = adapter, packed.nbytes if packed else 0
+        self.adapter_scale = scale if packed else 0.0
+
+    def scale_adapter(self, scale: float) -> None:
+        """The adapter that is there with another scale; every slot is empty afterwards.
+
+        Raises:
+          ConfigError: no adapter, or not a finite number.
+        """
+        if self.adapter is None:
+            raise ConfigError(f"{self._name}: scale_adapter: there is no adapter; put one there with set_adapter")
+        scale = _finite(scale)
+        self._check(self._call("gk_model_scale_adapter", scale), "scale_adapter")
+        self.adapter_scale = scale
+
+    def _sampled(self, name: str) -> Any:
+        weight = self._weights[name]
+        return SampledWeight(weight.shape, lambda ids: self.context.rows(weight, ids))
 
     # ---- computing
 
@@ -313,42 +335,15 @@ class NativeModel:
         raise KernelError(f"{self._name}: {what}: {self._words()}")
 
 
-def _layer(spec: LayerSpec, weights: dict[str, GkWeight], norms: dict[str, int]) -> GkLayer:
-    prefix = f"layers.{spec.index}."
-    layer = GkLayer(
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        window=spec.window or 0,
-        query_scale=spec.query_scale,
-        attn_softcap=spec.attn_softcap or 0.0,
-        rope_base=spec.rope_base,
-        rope_scale=spec.rope_scale,
-    )
-    for field, name in _NORMS.items():
-        setattr(layer, field, norms.get(prefix + name))
-    for field, name in _MATRICES.items():
-        setattr(layer, field, weights[prefix + name])
-    return layer
-
-
-def _model_config(config: GemmaConfig, weights: dict[str, GkWeight], norms: dict[str, int]) -> GkModelConfig:
-    return GkModelConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        norm_eps=config.rms_norm_eps,
-        final_softcap=config.final_logit_softcapping or 0.0,
-        embed_scale=float(np.sqrt(np.float32(config.hidden_size))),
-        embedding=weights["embed"],
-        head=weights.get("head", weights["embed"]),
-        final_norm=norms["final_norm"],
-    )
-
-
 def _free(lib: ctypes.CDLL, model: int, context: Context, owner: int) -> None:
     if os.getpid() == owner:  # `context` is an argument so that it outlives the model
         lib.gk_model_free(model)
+
+
+def _finite(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
+        raise ConfigError(f"scale of the adapter: expected a finite number, got {scale!r}")
+    return float(scale)
 
 
 def _ids(ids: Iterable[int]) -> np.ndarray:

@@ -21,7 +21,7 @@ from gemma.errors import CheckpointError, ConfigError, GemmaError, KernelError, 
 from gemma.kernels import build
 from gemma.quants import PackedTensor, QuantType
 
-ABI_VERSION = 1  # GK_ABI_VERSION of gemmakit.h
+ABI_VERSION = 2  # GK_ABI_VERSION of gemmakit.h
 TYPE_IDS = {type: type.ggml_id for type in QuantType if type.ggml_id is not None}
 TYPE_IDS |= {QuantType.SFP8: 1000, QuantType.INT8: 1001, QuantType.INT4: 1002}  # enum gk_type
 _FLOAT_TYPES = {"float32": QuantType.F32, "float16": QuantType.F16, "bfloat16": QuantType.BF16}

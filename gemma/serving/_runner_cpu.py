@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma import fit
+from gemma.adapters import AdapterFile
 from gemma.errors import ConfigError, ContextFull, GemmaError, PromptError
 from gemma.kernels._model import CACHE_SHORT, CACHE_TYPES, NativeModel
 from gemma.serving import _pick
@@ -26,14 +27,25 @@ _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def load_runner(
-    path: str | os.PathLike[str], *, threads: int | None = None, slots: int = 1, max_len: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    slots: int = 1,
+    max_len: int | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> CpuRunner:
-    """A runner for a checkpoint: what `gemma.hub.resolve` takes, a file, a folder, or `demo`."""
+    """A runner for a checkpoint: what `gemma.hub.resolve` takes, a file, a folder, or `demo`.
+
+    `adapter` is a LoRA adapter to run beside the weights: a PEFT folder or a GGUF adapter, for this base.
+    """
     from gemma import hub
+    from gemma.adapters import open_adapter
     from gemma.checkpoint import open_checkpoint
 
     with open_checkpoint(hub.resolve(path)) as checkpoint:
-        return CpuRunner(NativeModel(checkpoint, threads=threads), slots=slots, max_len=max_len)
+        model = NativeModel(checkpoint, threads=threads)
+    low = None if adapter is None else open_adapter(adapter, model.config)
+    return CpuRunner(model, slots=slots, max_len=max_len, adapter=low)
 
 
 class CpuRunner:
@@ -52,6 +64,7 @@ class CpuRunner:
         max_len: int | None = None,
         top: int = 5,
         blocked: Collection[int] = (),
+        adapter: AdapterFile | None = None,
     ):
         """Makes the runner; with `slots` 0 it has none until `open`.
 
@@ -60,10 +73,13 @@ class CpuRunner:
           slots, max_len: as in `open`; None: the model's own context, up to 4,096 tokens.
           top: how many (id, log-probability) pairs a StepOut carries.
           blocked: ids that are never picked, beside the padding.
+          adapter: to run beside the weights, as in `set_adapter`.
         """
         self._model, self._top = model, top
         self._blocked = np.array(sorted({PAD, *(int(i) for i in blocked)}), np.int64)
         self._max_len, self._held = 0, []
+        if adapter is not None:
+            model.set_adapter(adapter)
         if slots:
             limit = model.config.max_position_embeddings
             self.open(slots, min(limit, 4096) if max_len is None else max_len, "float32")
@@ -99,6 +115,21 @@ class CpuRunner:
         self._model.open(slots, max_len, cache_dtype, min(_CHUNK, max_len))
         self._max_len = max_len
         self._held: list[list[int]] = [[] for _ in range(slots)]
+
+    def set_adapter(self, adapter: AdapterFile | None, *, scale: float = 1.0, check_base: bool = True) -> None:
+        """Puts a LoRA adapter beside the weights, instead of the one that is there; None takes it away.
+
+        Every slot is empty afterwards, as nothing that one adapter computed may serve another. Behind an engine use
+        `Engine.set_adapter`, whose requests would lose their slots.
+
+        Args:
+          adapter, scale, check_base: as in `NativeModel.set_adapter`, likewise the errors.
+        """
+        if adapter is not None and adapter is self._model.adapter:
+            self._model.scale_adapter(scale)
+        else:
+            self._model.set_adapter(adapter, scale=scale, check_base=check_base)
+        self._held = [[] for _ in self._held]
 
     def _check_memory(self, slots: int, max_len: int, cache_dtype: str) -> None:
         config, memory = self._model.config, fit.machine_memory()

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gemma import hub
 from gemma._torch import sampling
 from gemma._torch.cache import WindowedKVCache
+from gemma._torch.load import fuse_adapter
+from gemma.adapters import open_adapter
 from gemma.errors import ConfigError, ContextFull, GemmaError, PromptError
 from gemma.modeling_gemma import GemmaForCausalLM
 from gemma.sampling import SamplingParams, uniform
@@ -27,13 +31,24 @@ _GREEDY = SamplingParams(temperature=0)
 _PREFILL = 1024  # tokens read at once
 
 
-def load_runner(path: str | os.PathLike[str], *, dtype: str = "float32", device: str = "cpu") -> TorchRunner:
+def load_runner(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    adapter: str | os.PathLike[str] | None = None,
+) -> TorchRunner:
     """A runner for a checkpoint; `path` and errors as in `GemmaForCausalLM.from_pretrained`.
 
     Args:
       dtype: "float32", "bfloat16" or "float16".
+      adapter: a LoRA adapter of this base to fold into the weights: a PEFT folder or a GGUF adapter.
     """
-    return TorchRunner(GemmaForCausalLM.from_pretrained(path, dtype=_dtype(dtype, "dtype"), device=device))
+    path = hub.resolve(path)
+    model = GemmaForCausalLM.from_pretrained(path, dtype=_dtype(dtype, "dtype"), device=device)
+    if adapter is not None:
+        fuse_adapter(model, path, open_adapter(Path(adapter).expanduser(), model.config))
+    return TorchRunner(model)
 
 
 def _dtype(name: str, field: str) -> torch.dtype:

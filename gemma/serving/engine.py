@@ -156,6 +156,26 @@ class Engine:
         while not self.idle:
             self.step()
 
+    def set_adapter(self, adapter: Any, *, scale: float = 1.0) -> None:
+        """Changes the LoRA adapter of every request from here on; None takes it away. What slots hold is forgotten.
+
+        Args:
+          adapter: a `gemma.adapters.AdapterFile`, of the runner's model.
+          scale: multiplies the adapter's own; 0 turns it off.
+
+        Raises:
+          GemmaError: a request is running (wait, or cancel it), or the runner takes no adapters.
+        """
+        if not hasattr(self.runner, "set_adapter"):
+            raise GemmaError(f"set_adapter: {type(self.runner).__name__} takes no adapter; the native CPU runner does")
+        if self.running:
+            raise GemmaError(
+                f"set_adapter: {self.running} requests are running, and what they hold belongs to the adapter that they "
+                f"began with: let them end, or cancel them"
+            )
+        self.runner.set_adapter(adapter, scale=scale)
+        self._slots = Slots(self.runner.info.slots, getattr(self.runner, "can_copy_prefix", None))
+
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do and nothing to tell."""

@@ -58,7 +58,7 @@ def small(monkeypatch):
 
 
 def test_the_table_and_the_line(cli, tiny, environments, monkeypatch):
-    monkeypatch.setattr(measure, "cold_start", lambda model, threads: measure.ColdStart(0.5, 10**8))
+    monkeypatch.setattr(measure, "cold_start", lambda model, threads, adapter: measure.ColdStart(0.5, 10**8))
     flags = ("--quick", "--rounds", "2", "--threads", "1", "--model", tiny, "--peers", environments())
     result = cli("bench", *flags)
     assert (result.code, result.err) == (0, "")
@@ -82,7 +82,7 @@ def test_the_table_and_the_line(cli, tiny, environments, monkeypatch):
 
 
 def test_alone_and_json_only(cli, tiny, monkeypatch):
-    monkeypatch.setattr(measure, "cold_start", lambda model, threads: measure.ColdStart(0.5, 10**8))
+    monkeypatch.setattr(measure, "cold_start", lambda model, threads, adapter: measure.ColdStart(0.5, 10**8))
     result = cli("bench", "--quick", "--rounds", "1", "--model", tiny, "--cache-type", "int8", "--json")
     data = json.loads(result.out)
     assert data["ratios"]["decode_vs_llama_cpp"] is None and data["peers"] == []

@@ -16,9 +16,9 @@ from gemma import gm
 from gemma.hf_config import read_config, write_config
 
 
-def runs(names=tuple(VARIANTS)):
+def runs(names=tuple(VARIANTS), framework="JAX"):
     """Parameters whose tests stand behind the "run" cells of docs/support.md."""
-    return [pytest.param(name, marks=pytest.mark.supports(VARIANTS[name].family, "JAX", "run")) for name in names]
+    return [pytest.param(name, marks=pytest.mark.supports(VARIANTS[name].family, framework, "run")) for name in names]
 
 
 # ---- configuration and weights --------------------------------------------------------------------------------------
@@ -85,6 +85,28 @@ def test_full_forward_batched_with_padding(name):
     ours = its.logits(tokens)
     for row, prompt in zip(ours, prompts):
         assert gap(row[: len(prompt)], its.expected(prompt)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", runs(framework="native CPU"))
+def test_the_native_decoder_reads_its_folder(name, tmp_path):
+    """Float weights where Hugging Face's own writer put them; in one piece, and in chunks that cut the window."""
+    from gemma.checkpoint import open_checkpoint
+    from gemma.kernels import _native
+    from gemma.kernels._model import NativeModel
+
+    if _native.library() is None:
+        pytest.skip(f"native library: {_native.why_missing()}")
+    its = pair(name)
+    its.hf.save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        native = NativeModel(checkpoint, threads=1)
+    prompt = ragged()[1][-1]
+    native.open(1, len(prompt), chunk=len(prompt))
+    assert gap(native.score(0, prompt), its.expected(prompt)) < TOLERANCE
+    native.open(1, len(prompt), chunk=3)
+    native.prefill(0, prompt[:-1])
+    native.step([0], prompt[-1:])
+    assert gap(native.logits(0), its.expected(prompt)[-1]) < TOLERANCE
 
 
 def test_one_sequence_without_a_batch_axis():

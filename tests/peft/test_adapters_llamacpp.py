@@ -63,6 +63,17 @@ def seen(model, params):
     return logits(model, params, np.array([IDS], np.int32))[0, :, :ROWS]
 
 
+def native_logits(path, adapter):
+    """The native CPU decoder's [T, V]; None where there is no library."""
+    from gemma.kernels import _native
+    from gemma.serving._runner_cpu import load_runner
+
+    if _native.library() is None:
+        return None
+    runner = load_runner(path, threads=1, max_len=len(IDS), adapter=adapter)
+    return runner.model.score(0, IDS)[:, :ROWS].copy()
+
+
 def test_its_logits_move_as_ours(base, tmp_path, monkeypatch):
     loaded, path = base
     monkeypatch.setattr(real_harness, "VOCAB", ROWS)
@@ -76,6 +87,10 @@ def test_its_logits_move_as_ours(base, tmp_path, monkeypatch):
     assert np.abs(still - plain).max() < 0.02 * plain.std()
     assert np.abs(theirs - ours).max() < 0.02 * ours.std()
     assert np.abs(ours - plain).max() > ours.std()
+
+    # the native decoder runs the file beside the weights of the file
+    native = native_logits(path, tmp_path / "adapter.gguf")
+    assert native is None or np.abs(native - ours).max() < 1e-5 * np.abs(ours).max()
 
     # read back, and through PEFT's format and back to a file
     again = peft.load_adapter(tmp_path / "adapter.gguf", loaded.model, loaded.params)

@@ -17,7 +17,7 @@ from real_harness import PROMPT_IDS, gguf_to_hf
 
 from gemma.checkpoint import load_tensors, open_checkpoint
 from gemma.cli.__main__ import run
-from gemma.cli._proof import open_any
+from gemma.gm._proof import open_any
 
 pytestmark = pytest.mark.real
 BF16 = np.dtype(ml_dtypes.bfloat16)

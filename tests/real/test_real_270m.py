@@ -148,6 +148,9 @@ def test_tokens_equal_llama_cpp(ours, llama_text):
 # ---- the native decoder, on the packed weights of the file
 
 
+on_native = pytest.mark.supports("Gemma 3 270M, real weights", "native CPU", "run")
+
+
 @pytest.fixture(scope="module")
 def native(checkpoint):
     """The decoder with room for the text; it is skipped only where there is no library."""
@@ -170,6 +173,7 @@ def argmax_near_ties(mine, theirs) -> tuple[int, np.ndarray]:
 
 # Largest difference of a logit from float32's; measured 0.021 and 0.63. Activations meet packed weights as 15-bit
 # integers, 2**-15 of the largest of 32 of them, which 18 layers amplify; a bfloat16 cache rounds to 2**-9.
+@on_native
 @pytest.mark.parametrize(("cache", "worst", "tokens"), [("float32", 0.05, 627), ("bfloat16", 1.5, 192)])
 def test_native_logits_follow_the_reference(native, text_ids, text_logits, cache, worst, tokens):
     """Teacher-forced in chunks that cut the window of 512, against our JAX model in float32."""
@@ -186,6 +190,36 @@ def test_native_logits_follow_the_reference(native, text_ids, text_logits, cache
     )  # only near-ties: measured 0 and 1 of 627, its gap 0.006
 
 
+@on_native
+def test_native_adapter_follows_the_reference(ours, native, text_ids, tmp_path):
+    """A random adapter on every layer, beside the packed weights here, in gm.nn.LoRA beside float32 there."""
+    import jax.numpy as jnp
+    import ml_dtypes
+
+    from gemma import adapters, peft, weights
+
+    rng, lows, ids = np.random.default_rng(0), {}, text_ids[:24]
+    for tensor in weights.tensors(ours.config):
+        if len(tensor.shape) == 2 and tensor.name.startswith("layers."):
+            rows, cols = tensor.shape
+            a, b = rng.normal(0, cols**-0.5, (8, cols)), rng.normal(0, 0.01, (rows, 8))
+            lows[tensor.name] = adapters.LowRank(a.astype(ml_dtypes.bfloat16), b.astype(ml_dtypes.bfloat16), 2.0)
+    adapters.save_adapter_file(tmp_path / "peft", adapters.AdapterFile(lows), ours.config)
+    theirs = peft.load_adapter(tmp_path / "peft", ours.model)
+    params = peft.merge_params(ours.params, theirs.lora)
+    reference = np.asarray(theirs.model.apply({"params": params}, jnp.asarray([ids])).logits[0])
+    native.open(1, len(ids), "float32", chunk=len(ids))
+    plain = native.score(0, ids).copy()
+    native.set_adapter(adapters.open_adapter(tmp_path / "peft", ours.config))
+    try:
+        adapted = native.score(0, ids).copy()
+    finally:
+        native.set_adapter(None)
+    assert np.abs(adapted - plain).max() > 5
+    assert np.abs(adapted - reference).max() < 0.05  # as without an adapter: measured 0.018 both times
+
+
+@on_native
 def test_native_tokens_equal_llama_cpp(native, llama_text):
     """The same packed bytes in both programs, teacher-forced on llama.cpp's greedy text."""
     prompts, texts, _ = llama_text

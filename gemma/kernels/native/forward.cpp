@@ -106,22 +106,22 @@ bool run_layer(gk_model* m, int layer, const Pass& pass) {
 
   for_rows(m, T, [&](int64_t r) { k->rms_norm(x + r * D, l.attn_norm, eps, D, h + r * D); });
   const Product heads[] = {{&l.q, m->q.as<float>(), NH}, {&l.k, m->k.as<float>(), KH}, {&l.v, m->v.as<float>(), KH}};
-  if (!multiply(c, heads, 3, h, T, D)) return false;
+  if (!multiply(c, heads, 3, h, T, D, low_of(m, layer, &LayerAdapter::heads))) return false;
   for_rows(m, T, [&](int64_t r) { finish_heads(m, layer, fresh, pass, r); });
   if (!attend_rows(m, layer, fresh, pass)) return false;
   if (!pass.keep_pending) write_caches(m, layer, fresh, pass);
   const Product out[] = {{&l.o, gate, D}};  // h holds the attention's result, gate is free
-  if (!multiply(c, out, 1, h, T, NH)) return false;
+  if (!multiply(c, out, 1, h, T, NH, low_of(m, layer, &LayerAdapter::out))) return false;
   for_rows(m, T, [&](int64_t r) {
     add_result(m, gate, l.post_attn_norm, r);
     k->rms_norm(x + r * D, l.mlp_norm, eps, D, h + r * D);
   });
 
   const Product wide[] = {{&l.gate, gate, F}, {&l.up, up, F}};
-  if (!multiply(c, wide, 2, h, T, D)) return false;
+  if (!multiply(c, wide, 2, h, T, D, low_of(m, layer, &LayerAdapter::wide))) return false;
   for_rows(m, T, [&](int64_t r) { k->gelu_mul(gate + r * F, up + r * F, F, gate + r * F); });
   const Product down[] = {{&l.down, h, D}};
-  if (!multiply(c, down, 1, gate, T, F)) return false;
+  if (!multiply(c, down, 1, gate, T, F, low_of(m, layer, &LayerAdapter::down))) return false;
   for_rows(m, T, [&](int64_t r) { add_result(m, h, l.post_mlp_norm, r); });
   return true;
 }

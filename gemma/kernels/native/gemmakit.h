@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define GK_ABI_VERSION 1
+#define GK_ABI_VERSION 2
 #define GK_API __attribute__((visibility("default")))
 
 // How a weight is stored: ggml's numbers, and the types of gemma/quants.py that are not ggml's.
@@ -102,6 +102,23 @@ GK_API int64_t gk_model_length(const gk_model*, int32_t slot);
 // Forgets all but the first n tokens of a slot; GK_UNSUPPORTED where a ring has already overwritten what that needs.
 GK_API int gk_model_truncate(gk_model*, int32_t slot, int64_t n);
 GK_API int gk_model_copy(gk_model*, int32_t src, int32_t dst, int64_t n);
+
+// Low-rank changes of a layer's products: y += scale * (x @ a.T) @ b.T. Factors are row-major, without gaps.
+typedef struct gk_low_rank {
+  const void *a, *b;  // [rank, cols], [rows, rank] of the weight that they change; float32, or bfloat16 as uint16
+  int32_t rank;       // 0: the weight is not changed
+  float scale;
+} gk_low_rank;
+typedef struct gk_layer_adapter {
+  gk_low_rank q, k, v, o, gate, up, down;
+} gk_layer_adapter;
+
+// Puts an adapter on a model instead of the one it has; `layers` NULL: none. The factors, all of `type` GK_F32 or GK_BF16,
+// are copied. `scale` multiplies every layer's own, 0 turns the adapter off. Every slot is empty afterwards: what it held
+// was computed without. After an error nothing has changed.
+GK_API int gk_model_set_adapter(gk_model*, const gk_layer_adapter* layers, int32_t type, float scale);
+// The adapter that is there with another scale; every slot is empty afterwards.
+GK_API int gk_model_scale_adapter(gk_model*, float scale);
 
 // ---- Picking a token -------------------------------------------------------------------------------------------
 

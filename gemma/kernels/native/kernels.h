@@ -40,6 +40,22 @@ struct AttendArgs {
   float softcap;
 };
 
+// A float matrix [rows, cols] in panels of row_group rows: [panels, cols, row_group] of bfloat16 or float32, zeros after
+// the last row. The factors of adapters lie so: they are small, and read with every token.
+struct Panels {
+  bool half;  // bfloat16
+  int64_t rows, cols;
+  const uint8_t* data;
+};
+
+// What an adapter adds to products that share x: y += b (factor * a x).
+struct LowRank {
+  Panels a;             // [R, cols]: the ranks of the products, one after the other
+  const float* factor;  // [R]
+  Panels b[3];          // of each product [rows, rank]; no rows: it has none
+  int64_t at[3];        // where its rank begins in R
+};
+
 struct Kernels {
   const char* name;
   int row_group;   // weight rows that a product works on at a time
@@ -79,6 +95,9 @@ struct Kernels {
                         float* parts, void* scratch);
   void (*attend_merge)(const AttendArgs*, int64_t t0, int64_t t1, int64_t kv_head, int64_t b0, int64_t b1,
                        const float* parts, void* scratch);
+  // lowrank.h: y[t, r] = factor[r] * (w x)[t, r] for rows r0..r1 of w, r0 a multiple of row_group; without factors, +=.
+  void (*low_rank)(const Panels* w, int64_t r0, int64_t r1, const float* x, int64_t ldx, int64_t m, const float* factor,
+                   float* y, int64_t ldy);
 };
 
 constexpr int64_t kKeyBlock = 128;  // keys of one softmax block; block b holds positions b * 128 .. b * 128 + 127
@@ -101,6 +120,7 @@ Pool* pool_new(int threads);
 void pool_free(Pool*);
 int pool_size(const Pool*);
 void pool_run(Pool*, void (*f)(void* arg, int thread, int threads), void* arg);
+void pool_wait(int spin);  // a moment, in a loop that counts spins: for what another thread is finishing right now
 
 void set_error(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -122,8 +142,9 @@ struct Product {
   float* y;
   int64_t ldy;
 };
-// The lock must be held. False: no memory (the error is set).
-bool multiply(gk_context*, const Product* products, int n, const float* x, int64_t m, int64_t ldx);
+// The lock must be held. False: no memory (the error is set). `low` is for up to three products.
+bool multiply(gk_context*, const Product* products, int n, const float* x, int64_t m, int64_t ldx,
+              const LowRank* low = nullptr);
 bool valid_weight(const gk_weight*);  // sets the error
 
 }  // namespace gk

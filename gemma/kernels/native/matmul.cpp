@@ -53,7 +53,14 @@ struct Job {
   size_t scratch_bytes;
   int64_t lot, lots[8];  // row groups handed out at a time; of each product
   std::atomic<int64_t> next_row, next_lot;
+  // Of an adapter: the narrow products z [m, R] come first, in parts of one row group and some rows of x.
+  const LowRank* low;
+  float* z;
+  int64_t narrow_groups, narrow_parts;
+  std::atomic<int64_t> next_narrow, narrow_done;
 };
+
+constexpr int64_t kNarrowRows = 48;  // of x in a part: whole tiles of every instruction set
 
 void round_rows(void* arg, int, int) {
   Job& job = *(Job*)arg;
@@ -61,9 +68,30 @@ void round_rows(void* arg, int, int) {
     job.context->kernels->quantize(job.x + t * job.ldx, job.cols, job.q[t]);
 }
 
+void narrow_rows(Job& job) {
+  const Kernels* k = job.context->kernels;
+  const Panels& a = job.low->a;
+  for (int64_t i; (i = job.next_narrow.fetch_add(1, std::memory_order_relaxed)) < job.narrow_parts;) {
+    const int64_t r0 = i % job.narrow_groups * k->row_group, r1 = r0 + k->row_group < a.rows ? r0 + k->row_group : a.rows;
+    const int64_t t0 = i / job.narrow_groups * kNarrowRows, m = job.m - t0 < kNarrowRows ? job.m - t0 : kNarrowRows;
+    k->low_rank(&a, r0, r1, job.x + t0 * job.ldx, job.ldx, m, job.low->factor, job.z + t0 * a.rows, a.rows);
+    job.narrow_done.fetch_add(1, std::memory_order_release);
+  }
+}
+
+// y += b z for rows of a product, as soon as z is whole: who took its last part is still at work on it.
+void widen_rows(Job& job, int p, int64_t r0, int64_t r1) {
+  const Panels& b = job.low->b[p];
+  if (!b.rows) return;
+  for (int spin = 0; job.narrow_done.load(std::memory_order_acquire) < job.narrow_parts; ++spin) pool_wait(spin);
+  job.context->kernels->low_rank(&b, r0, r1, job.z + job.low->at[p], job.low->a.rows, job.m, nullptr, job.products[p].y,
+                                 job.products[p].ldy);
+}
+
 void multiply_rows(void* arg, int thread, int) {
   Job& job = *(Job*)arg;
   const Kernels* k = job.context->kernels;
+  if (job.low) narrow_rows(job);
   for (int64_t lot;;) {
     lot = job.next_lot.fetch_add(1, std::memory_order_relaxed);
     int p = 0;
@@ -74,6 +102,7 @@ void multiply_rows(void* arg, int thread, int) {
     const int64_t r1 = end < product.weight->rows ? end : product.weight->rows;
     k->matmul(product.weight, r0, r1, job.q, job.rows, job.m, product.y, product.ldy,
               job.scratch + thread * job.scratch_bytes);
+    if (job.low) widen_rows(job, p, r0, r1);
   }
 }
 
@@ -97,11 +126,13 @@ bool lay_out(Job& job) {
   const size_t row = job.integers ? codes + scale + sums : 0;
   const size_t tables = aligned(job.m * sizeof(QuantizedRow)) + aligned(job.m * sizeof(float*));
   job.scratch_bytes = aligned(job.context->kernels->matmul_scratch(job.products[0].weight, job.m));
-  if (!reserve(job.context, tables + job.m * row + job.scratch_bytes * job.context->threads)) return false;
+  const size_t narrow = job.low ? aligned(job.m * job.low->a.rows * sizeof(float)) : 0;
+  if (!reserve(job.context, tables + narrow + job.m * row + job.scratch_bytes * job.context->threads)) return false;
   uint8_t* at = job.context->workspace;
   job.scratch = at, at += job.scratch_bytes * job.context->threads;
   job.q = (QuantizedRow*)at, at += aligned(job.m * sizeof(QuantizedRow));
   job.rows = (const float**)at, at += aligned(job.m * sizeof(float*));
+  job.z = (float*)at, at += narrow;
   for (int64_t t = 0; t < job.m; ++t, at += row) {
     job.rows[t] = job.x + t * job.ldx;
     job.q[t] = {(int16_t*)at, (float*)(at + codes), (float*)(at + codes + scale)};
@@ -126,8 +157,10 @@ bool valid_weight(const gk_weight* w) {
   return true;
 }
 
-bool multiply(gk_context* context, const Product* products, int n, const float* x, int64_t m, int64_t ldx) {
+bool multiply(gk_context* context, const Product* products, int n, const float* x, int64_t m, int64_t ldx,
+              const LowRank* low) {
   Job job{};
+  job.low = low && low->a.rows ? low : nullptr;
   job.context = context, job.products = products, job.count = n, job.x = x, job.m = m, job.ldx = ldx;
   job.cols = products[0].weight->cols;
   int64_t rows = 0;
@@ -142,6 +175,10 @@ bool multiply(gk_context* context, const Product* products, int n, const float* 
   }
   // Lots: small enough that threads end together, large enough that handing out costs nothing.
   const int64_t group = context->kernels->row_group;
+  if (job.low) {
+    job.narrow_groups = (low->a.rows + group - 1) / group;
+    job.narrow_parts = job.narrow_groups * ((m + kNarrowRows - 1) / kNarrowRows);
+  }
   int64_t lot = rows / (context->threads * 8) / group * group;
   if (m > 8 && lot > 4 * group) lot = 4 * group;
   job.lot = lot < group ? group : lot;

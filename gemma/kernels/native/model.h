@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The state of one decoder: its layers, caches and buffers. forward.cpp computes, cache.cpp keeps, model.cpp is the face.
+// The state of one decoder: its layers, caches and buffers. forward.cpp computes, cache.cpp keeps, adapter.cpp holds what
+// is added to weights, model.cpp is the face.
 #pragma once
 #include <stdlib.h>
 
@@ -53,6 +54,16 @@ struct Pending {
   int64_t first = 0, count = 0, kept = 0;
 };
 
+// An adapter on the products of one input.
+struct AdapterGroup {
+  LowRank low = {};
+  Buffer a, b[3], factor;
+  std::vector<float> scales;  // [R], of the adapter itself; `factor` holds them times the scale of the call
+};
+struct LayerAdapter {
+  AdapterGroup heads, out, wide, down;  // q k v; o; gate up; down
+};
+
 struct Slot {
   int64_t length = 0;
   bool current = false;  // its row of `logits` is that of its last token
@@ -73,6 +84,8 @@ struct gk_model {
   std::vector<float> rope_bases, rope_scales;  // the distinct pairs
   std::vector<int> rope_of;                    // of each layer
   gk::Pending pending;
+  std::vector<gk::LayerAdapter> adapter;  // of each layer, or empty
+  float adapter_scale = 0;
   int64_t max_len = 0, chunk = 0, cache_bytes = 0;
   int32_t cache_type = GK_CACHE_F32;
   int64_t widest_q = 0, widest_kv = 0, widest_mlp = 0, widest_head = 0;
@@ -100,5 +113,9 @@ bool make_caches(gk_model*, int32_t slots, int64_t max_len, int32_t cache_type, 
 bool copy_slot(gk_model*, int32_t src, int32_t dst, int64_t n);
 bool can_shorten(const gk_model*, const Slot&, int64_t n);
 bool reserve_fresh(gk_model*, Fresh&, int layer, int64_t rows);
+// What an adapter adds to a group of a layer's products; NULL: nothing.
+inline const LowRank* low_of(const gk_model* m, int layer, AdapterGroup LayerAdapter::*group) {
+  return m->adapter.empty() || m->adapter_scale == 0 ? nullptr : &(m->adapter[layer].*group).low;
+}
 
 }  // namespace gk

@@ -32,6 +32,11 @@ inline void relax() {
 
 }  // namespace
 
+void pool_wait(int spin) {
+  if (spin < kSpins) relax();
+  else sched_yield();
+}
+
 class Pool {
  public:
   explicit Pool(int threads) : size_(threads), process_(getpid()) {}
@@ -76,10 +81,7 @@ class Pool {
     }
     f(arg, 0, threads);
     gate_.fetch_or(kClosed, std::memory_order_acq_rel);  // nothing is left: who has not come need not
-    for (int spin = 0; gate_.load(std::memory_order_acquire) & kInside; ++spin) {
-      if (spin < kSpins) relax();
-      else sched_yield();
-    }
+    for (int spin = 0; gate_.load(std::memory_order_acquire) & kInside; ++spin) pool_wait(spin);
   }
 
  private:

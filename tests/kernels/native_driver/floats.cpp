@@ -42,6 +42,40 @@ void norms(const gk::Kernels& k, int64_t n, Random& random) {
   CHECK(same(y.data, in_place.data, n * sizeof(float)), "rms_norm in place");
 }
 
+// y = factor * w x and y += w x with panels of rows, in buffers that end with them; the same bits for any number of rows.
+void narrow(const gk::Kernels& k, int64_t rows, int64_t cols, bool half, Random& random) {
+  const int64_t group = k.row_group, m = 14, bytes = half ? 2 : 4, panels = (rows + group - 1) / group;
+  Buffer<uint8_t> data(panels * group * cols * bytes);
+  Buffer<float> w(rows * cols), x(m * cols), factor(rows), y(m * rows), sum(m * rows), one(rows);
+  random.fill(w), random.fill(x), random.fill(factor), random.fill(sum);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) {
+      uint32_t bits;
+      memcpy(&bits, &w[r * cols + c], 4);
+      if (half) bits &= 0xFFFF0000u;
+      memcpy(&w[r * cols + c], &bits, 4);
+      memcpy(data.data + ((r / group * cols + c) * group + r % group) * bytes, (uint8_t*)&bits + (4 - bytes), bytes);
+    }
+  const gk::Panels weight = {half, rows, cols, data.data};
+  const Buffer<float> before = copy(sum);
+  for (int64_t r0 = 0; r0 < rows; r0 += group) {
+    const int64_t r1 = r0 + group < rows ? r0 + group : rows;
+    k.low_rank(&weight, r0, r1, x.data, cols, m, factor.data, y.data, rows);
+  }
+  k.low_rank(&weight, 0, rows, x.data, cols, m, nullptr, sum.data, rows);
+  for (int64_t t = 0; t < m; ++t) {
+    k.low_rank(&weight, 0, rows, x.data + t * cols, cols, 1, factor.data, one.data, rows);
+    CHECK(same(one.data, &y[t * rows], rows * sizeof(float)), "narrow product [%lld, %lld] alone", (long long)rows, (long long)cols);
+    for (int64_t r = 0; r < rows; ++r) {
+      double expected = 0, size = 0;
+      for (int64_t c = 0; c < cols; ++c)
+        expected += (double)w[r * cols + c] * x[t * cols + c], size += std::fabs((double)w[r * cols + c] * x[t * cols + c]);
+      CHECK(near(y[t * rows + r], factor[r] * expected, 0, 2e-6 * size * std::fabs(factor[r])), "narrow product of %lld", (long long)cols);
+      CHECK(near(sum[t * rows + r], before[t * rows + r] + expected, 2e-7, 2e-6 * (size + std::fabs(before[t * rows + r]))), "added");
+    }
+  }
+}
+
 void pointwise(const gk::Kernels& k, int64_t n, Random& random) {
   Buffer<float> x(n), up(n), y(n);
   random.fill(x, 4), random.fill(up);
@@ -214,6 +248,9 @@ void elementwise(const char* isa) {
     rope(context.kernels(), n, random);
     stores(context.kernels(), n, random);
   }
+  const int64_t shapes[][2] = {{1, 1}, {7, 5}, {33, 16}, {16, 128}, {24, 129}, {40, 131}, {9, 200}};  // {rows, columns}
+  for (const auto& shape : shapes)
+    for (bool half : {true, false}) narrow(context.kernels(), shape[0], shape[1], half, random);
 }
 
 void attention(const char* isa) {

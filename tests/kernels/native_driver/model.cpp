@@ -60,18 +60,56 @@ struct Model {
   }
 };
 
+// Random factors for every product of every layer but those of layer 1's attention; ranks differ, so that the panels of
+// joined products end in the middle.
+struct Adapter {
+  std::vector<Buffer<uint8_t>> bytes;
+  Random random{9};
+  gk_layer_adapter layers[kLayers] = {};
+  int32_t type;
+
+  const void* factor(int64_t n, float size) {
+    const int64_t each = type == GK_F32 ? 4 : 2;
+    bytes.emplace_back(n * each);
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = random.normal() * size;
+      memcpy(bytes.back().data + each * i, (const uint8_t*)&value + (4 - each), each);
+    }
+    return bytes.back().data;
+  }
+  gk_low_rank low(const gk_weight& w, int32_t rank) {
+    const void* a = factor(rank * w.cols, 0.1f);
+    return {a, factor(w.rows * rank, 0.2f), rank, 0.5f};
+  }
+  Adapter(const Model& m, int32_t kind) : type(kind) {
+    for (int i = 0; i < kLayers; ++i) {
+      const gk_layer& l = m.layers[i];
+      gk_layer_adapter& a = layers[i];
+      if (i != 1) a.q = low(l.q, 7), a.v = low(l.v, 9), a.o = low(l.o, 3);
+      a.gate = low(l.gate, 5), a.up = low(l.up, 16), a.down = low(l.down, 1);
+    }
+  }
+};
+
 using Logits = std::vector<float>;
 
 struct Session {
   Context context;
   gk_model* get;
-  Session(const Model& m, const char* isa, int threads, int32_t slots, int32_t cache, int64_t chunk) : context(threads, isa) {
+  Session(const Model& m, const char* isa, int threads, int32_t slots, int32_t cache, int64_t chunk,
+          const Adapter* adapter = nullptr)
+      : context(threads, isa) {
     get = gk_model_new(context.get, &m.config, m.layers);
     if (!get) fprintf(stderr, "gk_model_new: %s\n", gk_last_error()), exit(2);
     CHECK(gk_model_open(get, slots, 64, cache, chunk) == GK_OK, "gk_model_open: %s", gk_last_error());
     CHECK(gk_model_cache_bytes(get) > 0, "bytes of the cache");
+    if (adapter) set(adapter);
   }
   ~Session() { gk_model_free(get); }
+  void set(const Adapter* a, float scale = 1) {
+    const int status = gk_model_set_adapter(get, a ? a->layers : nullptr, a ? a->type : GK_F32, scale);
+    CHECK(status == GK_OK, "gk_model_set_adapter: %s", gk_last_error());
+  }
   void prefill(int32_t slot, const std::vector<int32_t>& ids, size_t from, size_t to) {
     Buffer<int32_t> exact((int64_t)(to - from));
     memcpy(exact.data, ids.data() + from, (to - from) * sizeof(int32_t));
@@ -89,19 +127,21 @@ struct Session {
 
 bool equal(const Logits& a, const Logits& b) { return same(a.data(), b.data(), a.size() * sizeof(float)); }
 
-Logits whole(const Model& m, const char* isa, int32_t cache, const std::vector<int32_t>& ids) {
-  Session s(m, isa, 1, 1, cache, 32);
+Logits whole(const Model& m, const char* isa, int32_t cache, const std::vector<int32_t>& ids,
+             const Adapter* adapter = nullptr) {
+  Session s(m, isa, 1, 1, cache, 32, adapter);
   s.prefill(0, ids, 0, ids.size());
   return s.logits(0);
 }
 
-void invariance(const Model& m, const char* isa, int32_t cache, const std::vector<int32_t>& ids) {
-  const Logits expected = whole(m, isa, cache, ids);
+void invariance(const Model& m, const char* isa, int32_t cache, const std::vector<int32_t>& ids,
+                const Adapter* adapter = nullptr) {
+  const Logits expected = whole(m, isa, cache, ids, adapter);
   const size_t n = ids.size();
   for (int threads : {1, 2})
     for (int64_t chunk : {1, 3, 8}) {
       if ((threads == 2) != (chunk == 3)) continue;  // waiting threads spin, and an emulator makes that dear
-      Session s(m, isa, threads, 3, cache, chunk);
+      Session s(m, isa, threads, 3, cache, chunk, adapter);
       s.prefill(1, ids, 0, n);
       CHECK(equal(s.logits(1), expected), "%s: chunks of %lld and %d threads change the logits", isa, (long long)chunk, threads);
       s.prefill(0, ids, 0, 2), s.prefill(2, ids, 0, n - 3);
@@ -122,11 +162,46 @@ void invariance(const Model& m, const char* isa, int32_t cache, const std::vecto
       CHECK(gk_model_truncate(s.get, 1, 0) == GK_OK && gk_model_length(s.get, 1) == 0, "an emptied slot");
       CHECK(gk_model_logits(s.get, 1) == nullptr, "logits of an empty slot");
     }
-  Session s(m, isa, 2, 1, cache, 8);
+  Session s(m, isa, 2, 1, cache, 8, adapter);
   s.prefill(0, ids, 0, n - 5);
   CHECK(gk_model_score(s.get, 0, ids.data() + n - 5, 5) == GK_OK, "gk_model_score: %s", gk_last_error());
   const float* scored = gk_model_chunk_logits(s.get);
   CHECK(scored && same(scored + 4 * kVocabulary, expected.data(), kVocabulary * sizeof(float)), "%s: scored logits", isa);
+}
+
+// An adapter changes logits, alike in both types of factors and on every instruction set; without it they are as before.
+void adapters(const Model& m, const char* isa, const std::vector<int32_t>& ids) {
+  const Adapter half(m, GK_BF16), wide(m, GK_F32);
+  const Logits plain = whole(m, isa, GK_CACHE_F32, ids), there = whole(m, "portable", GK_CACHE_F32, ids, &half);
+  Session s(m, isa, 2, 1, GK_CACHE_F32, 32, &half);
+  s.prefill(0, ids, 0, ids.size());
+  const Logits here = s.logits(0);
+  double most = 0, off = 0, moved = 0;
+  for (int64_t i = 0; i < kVocabulary; ++i) {
+    most = std::fmax(most, std::fabs(there[i])), moved = std::fmax(moved, std::fabs(here[i] - plain[i]));
+    off = std::fmax(off, std::isfinite(here[i]) ? std::fabs(here[i] - there[i]) : INFINITY);
+  }
+  CHECK(off < 0.01 * most && moved > 0.1 * most, "%s: an adapter: off %g, moved %g, of %g", isa, off, moved, most);
+  const auto again = [&](const Logits& expected, const char* what) {
+    CHECK(gk_model_length(s.get, 0) == 0 && !gk_model_logits(s.get, 0), "%s: %s leaves a slot as it was", isa, what);
+    s.prefill(0, ids, 0, ids.size());
+    CHECK(equal(s.logits(0), expected), "%s: logits after %s", isa, what);
+  };
+  s.set(&wide), again(whole(m, isa, GK_CACHE_F32, ids, &wide), "another adapter");
+  CHECK(gk_model_scale_adapter(s.get, 0) == GK_OK, "a scale of 0");
+  again(plain, "a scale of 0");
+  s.set(&half, 3);
+  CHECK(gk_model_scale_adapter(s.get, 1) == GK_OK, "a scale");
+  again(here, "a scale there and back");
+  gk_layer_adapter broken[kLayers];
+  memcpy(broken, half.layers, sizeof broken);
+  broken[2].down.rank = 1000;
+  CHECK(gk_model_set_adapter(s.get, broken, GK_BF16, 1) < 0 && equal(s.logits(0), here), "a rank above the weight's");
+  broken[2].down = half.layers[2].down, broken[0].q.b = nullptr;
+  CHECK(gk_model_set_adapter(s.get, broken, GK_BF16, 1) < 0, "a factor that is not there");
+  CHECK(gk_model_set_adapter(s.get, half.layers, GK_Q8_0, 1) < 0, "packed factors");
+  CHECK(gk_model_scale_adapter(s.get, INFINITY) < 0 && equal(s.logits(0), here), "an infinite scale");
+  s.set(nullptr), again(plain, "taking the adapter away");
 }
 
 void refusals(const Model& m, const char* isa) {
@@ -162,6 +237,9 @@ void model(const char* isa) {
       CHECK(most > 0.1 && off < 0.01 * most, "%s: logits differ from portable code by %g, they are up to %g", isa, off, most);
       if (tied || cache == GK_CACHE_BF16) invariance(m, isa, cache, ids);
     }
+    const Adapter adapter(m, tied ? GK_BF16 : GK_F32);
+    invariance(m, isa, GK_CACHE_BF16, ids, &adapter);
+    adapters(m, isa, ids);
     refusals(m, isa);
   }
 }
