@@ -19,6 +19,8 @@ and nothing in this module is raised for a defect of gemmakit itself (those stay
     ├── QueueFull              (RuntimeError)       an engine has no room for another request
     ├── SamplingError          (ValueError)         a sampling parameter is out of range
     ├── ShapeError             (ValueError)         an array has the wrong shape or dtype
+    ├── DataError              (ValueError)         a row of training data, or a file of rows, cannot be used
+    ├── TrainingError          (RuntimeError)       a training run cannot start or go on
     ├── ToolError              (ValueError)         a tool was called wrongly, or could not do what it was asked
     ├── HubError               (OSError)            a model could not be found or fetched
     ├── KernelError            (RuntimeError)       native code cannot be built, loaded or run
@@ -162,6 +164,14 @@ class SamplingError(GemmaError, ValueError):
 
 class ShapeError(GemmaError, ValueError):
     """An array has the wrong shape or dtype; the message names the axis."""
+
+
+class DataError(GemmaError, ValueError):
+    """A file of examples, or a row of it, cannot be used; the message names the file and line."""
+
+
+class TrainingError(GemmaError, RuntimeError):
+    """A training run cannot start or go on; what was saved before is intact."""
 
 
 class ToolError(GemmaError, ValueError):

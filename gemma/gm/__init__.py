@@ -10,6 +10,9 @@ from gemma._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {},
-    modules=["ckpts", "data", "math", "nn", "sharding", "testing", "text", "tools", "typing", "vision"],
+    modules=[
+        *("ckpts", "data", "evals", "losses", "math", "nn", "sharding", "testing", "text", "tools", "train", "typing"),
+        "vision",
+    ],
     elsewhere={"peft": "gemma.peft"},
 )
