@@ -4,10 +4,13 @@
 #   make test     install what the tests need and run them all
 #   make check    linter, formatter and generated pages, without running tests
 #   make docs     regenerate the generated pages
+#   make test-kauldron  train with the real Kauldron, in an environment of its own (.venv-kauldron, 4 GB)
 #   make see      let the small model that ships draw boxes around handwritten digits
 #   make digits   train that model again (two hours), evaluate it, draw its pictures
 #   make bench    the benchmarks of this machine
 #   make quant-table  what each quantization costs the demo model: docs/quantization.md
+#   make results-sentiment, results-translation, results-assistant
+#                 the trainings of docs/results.md, each from its data to its tables; the last one writes the assistant
 #   make native   compile the CPU kernels, if a C++20 compiler is there and their sources changed
 #   make wheel    a wheel of this platform with the compiled kernels, in dist/
 #   make clean    remove .venv and caches of the checkout
@@ -20,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # The pins reach the isolated build of the package itself, too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo see digits quant-table test check docs bench native wheel fuzz clean
+.PHONY: demo see digits quant-table results-sentiment results-translation results-assistant test test-kauldron check docs bench native wheel fuzz clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -60,10 +63,25 @@ digits: $(VENV)/.test
 quant-table: $(VENV)/.demo
 	$(BIN)/python scripts/quant_table.py
 
+results-sentiment results-translation results-assistant: results-%: $(VENV)/.test
+	$(BIN)/python scripts/results/$*.py
+
 test: $(VENV)/.test check
 	@$(BIN)/python -m gemma.kernels.build --optional
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15 --support-json=.pytest_cache/support.json
 	$(BIN)/python scripts/support_table.py --check .pytest_cache/support.json
+
+# Kauldron brings TensorFlow and 160 packages that nothing else here needs; it has pins of its own.
+KAULDRON_VENV ?= .venv-kauldron
+
+$(KAULDRON_VENV)/.installed: pyproject.toml constraints-kauldron.txt
+	@test -x $(KAULDRON_VENV)/bin/python || $(PYTHON) -m venv $(KAULDRON_VENV)
+	PIP_CONSTRAINT=$(CURDIR)/constraints-kauldron.txt $(KAULDRON_VENV)/bin/python -m pip \
+		--disable-pip-version-check install --quiet --editable '.[kauldron]' pytest pyarrow
+	@touch $@
+
+test-kauldron: $(KAULDRON_VENV)/.installed
+	OMP_NUM_THREADS=1 $(KAULDRON_VENV)/bin/python -m pytest -m kauldron tests/kauldron
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -7,8 +7,15 @@ Only package `__init__` files use this; the names stay visible to `dir()`, `__al
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+
+
+def _installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def attach(
@@ -16,6 +23,7 @@ def attach(
     names: Mapping[str, Sequence[str]],
     modules: Sequence[str] = (),
     elsewhere: Mapping[str, str] | None = None,
+    variants: tuple[str, str, Sequence[str]] | None = None,
 ):
     """Returns `(__getattr__, __dir__, __all__)` for a package.
 
@@ -24,6 +32,8 @@ def attach(
       names: file of the package (without `.py`) to the public names that it holds.
       modules: submodules that are public themselves.
       elsewhere: public names of modules that are not submodules, to their full names.
+      variants: (package, module, names): where another package is installed, these names come from that module, which
+        makes them subclasses of the package's own.
     """
     elsewhere = elsewhere or {}
     home = {name: file for file, held in names.items() for name in held}
@@ -36,7 +46,9 @@ def attach(
             return importlib.import_module(elsewhere[name])
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has: {', '.join(public)}")
-        value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        varied = variants is not None and name in variants[2] and _installed(variants[0])
+        file = variants[1] if varied else f"{package}.{home[name]}"
+        value = getattr(importlib.import_module(file), name)
         setattr(sys.modules[package], name, value)  # the next access is a plain attribute
         return value
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class Comparison:
 
 
 def compare(
-    a: Checkpoint,
+    a: Checkpoint | Sequence[tuple[Tensor, Any]],
     b: Checkpoint,
     *,
     config: Any = None,
@@ -84,7 +84,7 @@ def compare(
     """Compares two open checkpoints.
 
     Args:
-      a: the one to measure against.
+      a: the one to measure against; or (tensor, reader) pairs as `gemma.saving.save` takes them, with `config`.
       b: the other.
       config: of both, where a file does not carry its own.
       config_b: of `b`, where it is not `config`: a table with fewer rows is compared as far as it goes.
@@ -115,15 +115,17 @@ def compare(
     return Comparison(changes, only_a, only_b, tuple(shapes), tuple(tensors))
 
 
-def _readers(checkpoint: Checkpoint, config: Any, text_only: bool) -> dict[str, tuple[Tensor, TensorReader]]:
+def _readers(checkpoint: Any, config: Any, text_only: bool) -> dict[str, tuple[Tensor, Any]]:
+    if not isinstance(checkpoint, Checkpoint):
+        return {tensor.name: (tensor, reader) for tensor, reader in checkpoint}
     return {tensor.name: (tensor, reader) for tensor, reader in load_tensors(checkpoint, config, text_only=text_only)}
 
 
 def _difference(
-    tensor: Tensor, left: TensorReader, right: TensorReader, expected: Callable[[np.ndarray], np.ndarray] | None
+    tensor: Tensor, left: Any, right: TensorReader, expected: Callable[[np.ndarray], np.ndarray] | None
 ) -> TensorDifference:
     dtypes = (left.dtype, right.dtype)
-    if left.same_bytes(right):
+    if isinstance(left, TensorReader) and left.same_bytes(right):
         return TensorDifference(tensor.name, tensor.shape, dtypes, 0.0, 0.0, 0.0, None if expected is None else 0)
     largest, squares, energy, count, unexpected = 0.0, 0.0, 0.0, 0, 0
     for one, two in _pairs(left, right):
@@ -147,7 +149,7 @@ def _same(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     return (one == two) | (np.isnan(one) & np.isnan(two))
 
 
-def _pairs(left: TensorReader, right: TensorReader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pairs(left: Any, right: TensorReader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Runs of the same rows of both, float32; a table may have more padding rows in one of them."""
     ones, twos = _Rows(left), _Rows(right)
     while ones.more and twos.more:
@@ -158,8 +160,10 @@ def _pairs(left: TensorReader, right: TensorReader) -> Iterator[tuple[np.ndarray
 class _Rows:
     """The rows of a tensor, to be taken in any number."""
 
-    def __init__(self, reader: TensorReader):
-        self._parts, self.part = reader.parts(np.float32), np.empty(0)
+    def __init__(self, reader: Any):
+        parts = getattr(reader, "parts", None)
+        self._parts = iter([(0, reader(np.float32))]) if parts is None else parts(np.float32)
+        self.part = np.empty(0)
         self.more = self._fill()
 
     def _fill(self) -> bool:

@@ -25,6 +25,7 @@ from gemma.cli import (
     doctor,
     embed,
     eval,
+    finetune,
     fit,
     generate,
     inspect,
@@ -42,7 +43,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
-for _verb in (generate, chat, see, embed, convert, quantize, eval, pull, inspect, tokenize, fit, bench, doctor):
+for _verb in (
+    generate,
+    chat,
+    see,
+    embed,
+    finetune,
+    eval,
+    convert,
+    quantize,
+    pull,
+    inspect,
+    tokenize,
+    fit,
+    bench,
+    doctor,
+):
     app.command(_verb.__name__.rpartition(".")[2], help=_verb.HELP)(_verb.command)
 
 
@@ -65,6 +81,7 @@ def overview(
     Examples:
       gemma generate "The history of computing began"
       gemma chat --model path/to/gemma-3-1b-it
+      gemma finetune chats.jsonl
       gemma inspect model.gguf
       gemma fit gemma3_12b --context 32k
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversion: write beside the destination, let `_proof.py` open and compare what was written, only then publish.
+"""A conversion: write beside the destination, let `gm/_proof.py` open and compare what was written, only then publish.
 
 Writing is `gemma.saving` (Orbax: `gm.ckpts`); what the user sees is `convert.py`.
 """
@@ -7,11 +7,12 @@ Writing is `gemma.saving` (Orbax: `gm.ckpts`); what the user sees is `convert.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import numpy as np
 
 from gemma import saving
 from gemma.checkpoint import Checkpoint, TokenizerSource, load_tensors
-from gemma.cli._proof import Proof, open_any, prove
 from gemma.config import GemmaConfig, text_only
 from gemma.errors import ConfigError
+from gemma.gm._proof import Proof, open_any, prove
 from gemma.saving import SaveReport
 
 ORBAX = "orbax"
@@ -75,13 +76,29 @@ def convert(request: Request, progress: Progress) -> Result:
             report = _write(request, source, config, tokenizer, staged, progress)
             seconds["writing"] = time.perf_counter() - start
             start = time.perf_counter()
-            proof = prove(request, source, config, report, staged, progress, tokenizer)
+            proof = prove(
+                source,
+                config,
+                report,
+                staged,
+                progress,
+                tokenizer,
+                answers=functools.partial(_answers, request.source, config) if request.logits else None,
+                text_only=request.text_only,
+                mmap=request.mmap,
+            )
             seconds["checking"] = time.perf_counter() - start
             if not proof.problems:
                 publish(staged, request.destination, replace=request.replace)
     moved = [request.destination / file.relative_to(staged) for file in report.files]
     files = (request.destination,) if request.destination.is_file() else tuple(moved)
     return Result(dataclasses.replace(report, path=request.destination, files=files), proof, seconds)
+
+
+def _answers(path: Path, config: Any, ids: Sequence[int]) -> np.ndarray:
+    from gemma.gm._prompt_logits import prompt_logits
+
+    return prompt_logits(path, config, ids)
 
 
 def check(request: Request) -> None:

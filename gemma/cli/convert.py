@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`gemma convert`: a checkpoint in another format or type, proven before it is called done.
 
-What happens is in `_convert.py` and `_proof.py`; this module has the flags and the one-page report.
+What happens is in `_convert.py` and `gm/_proof.py`; this module has the flags and the one-page report.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def _data(request, result) -> dict[str, Any]:
 
 def page(request, result) -> str:
     """The report, one page of plain text."""
-    from gemma.cli._proof import worst_tensors
     from gemma.fit import format_bytes as size
+    from gemma.gm._proof import worst_tensors
 
     report, proof = result.report, result.proof
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())

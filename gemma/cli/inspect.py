@@ -69,7 +69,7 @@ def command(
 ) -> None:
     """Runs the verb; `HELP` is what --help says."""
     from gemma import hub
-    from gemma.cli._proof import open_any
+    from gemma.gm._proof import open_any
 
     tokens = _common.context_flag(context)
     with waiting(f"reading {file}"):
@@ -90,8 +90,8 @@ def command(
 def _compare(one, two, every: bool, as_json: bool) -> None:
     """Says what differs; exit code 1 if the numbers do, or what the network computes from them."""
     from gemma.cli._progress import steps
-    from gemma.cli._proof import open_any, worst_tensors
     from gemma.compare import compare
+    from gemma.gm._proof import open_any, worst_tensors
 
     with open_any(one) as a, open_any(two) as b, steps() as progress:
         found = compare(a, b, progress=lambda done, total: progress("comparing values", done, total))

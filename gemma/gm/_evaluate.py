@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 
 from gemma.errors import CheckpointError, ShapeError
+from gemma.gm import losses
 from gemma.gm._windows import Batch
 from gemma.gm.typing import Array, Params
 
@@ -175,11 +176,4 @@ def _compare(net, other_net, params, other_params, hidden, other_hidden, targets
 
 def _log_probabilities(net: nn.Module, params: Params, hidden: Array) -> Array:
     """float32 [R, V]; the cap of Gemma 2 included."""
-
-    def head(model: Any, x: Array) -> Array:
-        logits = model.embedder.logits(x)
-        cap = model.config.final_logit_softcap
-        return logits if cap is None else jnp.tanh(logits / cap) * cap
-
-    logits = net.apply({"params": params}, hidden, method=head)
-    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return jax.nn.log_softmax(losses.head(net, params)(hidden), axis=-1)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof of a conversion: what was written is opened again and compared with the source.
+"""The proof of a file of weights: what was written is opened again and compared with its source.
 
 Structure: every tensor of the model is there, and nothing else; safetensors are also looked at with the format's own
 library. Values: each number is what rounding to the stated type makes of the source's, bit for bit, or, where a tensor
-was quantized, off by exactly the error that the writer announced. Answers: the logits of a fixed prompt. Writing is
-`_convert.py`, comparing checkpoints `gemma.compare`.
+was quantized, off by exactly the error that the writer announced. Answers: the logits of a fixed prompt. Conversions
+(`gemma/cli/_convert.py`) and trained models (`gm/train/_run_exports.py`) are proven here; comparing is `gemma.compare`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,34 +75,59 @@ def open_any(path: Path, *, mmap: bool = True) -> Checkpoint:
     return open_checkpoint(path, mmap=mmap)
 
 
-def prove(request, source, config, report: SaveReport, staged: Path, progress, tokenizer) -> Proof:
-    """Opens what was written under `staged` and compares it with the source; `request` is a `_convert.Request`."""
-    problems = list(_structure(request.format, report, staged))
-    column = saving.FORMATS[request.format].column if request.format in saving.FORMATS else "flax"
+def prove(
+    source: Checkpoint | Sequence[tuple[Any, Any]],
+    config: Any,
+    report: SaveReport,
+    staged: Path,
+    progress: Callable[[str, int, int], None],
+    tokenizer: TokenizerSource | None,
+    *,
+    answers: Callable[[Sequence[int]], np.ndarray] | None,
+    same_bits: bool = True,
+    text_only: bool = False,
+    mmap: bool = True,
+) -> Proof:
+    """Opens what was written and compares it with the source.
+
+    Args:
+      source: what was to be written: an open checkpoint, or the (tensor, reader) pairs that were saved.
+      config: of the model.
+      report: of the writer.
+      staged: where the file or folder is.
+      progress: called with (what, done, total).
+      tokenizer: that went with it.
+      answers: ids to the source's float32 logits [T, V]. None: logits are left out.
+      same_bits: equal weights must give equal logits. False: where `answers` computes in another order.
+      text_only: leave vision towers out.
+      mmap: map files instead of copying from them.
+    """
+    problems = list(_structure(report.format, report, staged))
+    column = saving.FORMATS[report.format].column if report.format in saving.FORMATS else "flax"
     saved = _by_tensor(report, config, column)
     expected = dict(_expectations(saved, config, column))
     held = _held_config(config, saved)
-    with open_any(staged, mmap=request.mmap) as written:
+    with open_any(staged, mmap=mmap) as written:
         comparison = compare(
             source,
             written,
             config=config,
             config_b=held,
             expected=expected,
-            text_only=request.text_only,
+            text_only=text_only,
             progress=lambda done, total: progress("comparing values", done, total),
         )
         problems += _value_problems(comparison, saved)
         problems += _announcement_problems(written, report)
         problems += _config_problems(written, held)
-        tokens, odd = _compare_tokenizers(tokenizer, written.tokenizer_source(), request.format)
+        tokens, odd = _compare_tokenizers(tokenizer, written.tokenizer_source(), report.format)
         problems += odd
     logits, reason = None, "left out (--no-logits)"
-    if request.logits and not problems:
+    if answers is not None and not problems:
         progress("comparing logits", 0, 2)
-        logits, reason = _compare_logits(request, config, held, staged, progress, tokenizer)
+        logits, reason = _compare_logits(answers, config, held, staged, progress, tokenizer)
         if logits is not None and not (
-            np.isfinite(logits.max_abs) and (logits.max_abs == 0 or not comparison.same_values)
+            np.isfinite(logits.max_abs) and (logits.max_abs == 0 or not (same_bits and comparison.same_values))
         ):
             problems.append(f"the same weights give other logits: {logits.max_abs} apart")
     return Proof(comparison, logits, reason, tokens, tuple(problems))
@@ -227,14 +252,14 @@ def _compare_tokenizers(
     return "differs", ["the written tokenizer encodes a text otherwise than the source's"]
 
 
-def _compare_logits(request, config: Any, held: Any, staged: Path, progress, tokenizer) -> tuple[Logits | None, str]:
+def _compare_logits(answers, config: Any, held: Any, staged: Path, progress, tokenizer) -> tuple[Logits | None, str]:
     if not isinstance(config, GemmaConfig) or config.use_bidirectional_attention:
         kind = type(config).__name__.removesuffix("Config")
         return None, f"not compared: there is no JAX network for a {kind} model; all values were"
     from gemma.gm._prompt_logits import prompt_logits
 
     ids = _prompt_ids(tokenizer, held)
-    before = prompt_logits(request.source, config, ids)[:, : held.vocab_size]
+    before = answers(ids)[:, : held.vocab_size]
     progress("comparing logits", 1, 2)
     after = prompt_logits(staged, held, ids)
     progress("comparing logits", 2, 2)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from gemma.cli import _backend
+from gemma.cli import _assistant, _backend
 from gemma.cli.__main__ import run
 from gemma.testing import ByteTokenizer, FakeRunner, tiny_config
 
@@ -78,6 +78,7 @@ def fake(monkeypatch):
         double = Fake(reply, **config)
         monkeypatch.setattr(_backend, "open_model", double.open)
         monkeypatch.setattr(_backend, "is_tuned", lambda path: tuned)
+        monkeypatch.setattr(_assistant, "FOLDER", Path("no assistant"))  # what it does is test_adapter_flags.py's
         return double
 
     return install

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from gemma.checkpoint import load_tensors, open_checkpoint
-from gemma.cli._proof import open_any
 from gemma.config import PaliGemmaConfig, SiglipVisionConfig
 from gemma.errors import GemmaError
+from gemma.gm._proof import open_any
 from gemma.saving import from_arrays, save
 from gemma.testing import random_tensors, tiny_config, write_tiny_gguf
 

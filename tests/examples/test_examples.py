@@ -14,7 +14,8 @@ import jax
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ELSEWHERE = {"tools"}  # guides that tests of another folder run: tests/gm/tools/test_tools_example.py
+# guides that tests of another folder run: tests/gm/tools/test_tools_example.py, tests/kauldron/test_kauldron_example.py
+ELSEWHERE = {"tools", "kauldron_seq2seq"}
 
 
 @pytest.fixture(autouse=True, scope="module")

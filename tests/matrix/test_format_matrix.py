@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from gemma import weights
-from gemma.cli._proof import open_any
 from gemma.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig, T5GemmaConfig
 from gemma.errors import ConfigError, WeightsMismatch
+from gemma.gm._proof import open_any
 from gemma.gm.ckpts import load_params
 from gemma.gm.ckpts._save import save_tensors
 from gemma.saving import FORMATS, from_arrays, save

@@ -152,7 +152,7 @@ def test_we_load_the_tree_of_orbax(family, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "theirs", tree)
         checkpointer.wait_until_finished()
-    from gemma.cli._proof import open_any
+    from gemma.gm._proof import open_any
 
     with open_any(tmp_path / "theirs") as opened:
         save(tmp_path / "ours", load_tensors(opened, config), config, format="safetensors")

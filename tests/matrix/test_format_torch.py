@@ -10,7 +10,7 @@ from test_format_matrix import MODELS, cells, values_of, write
 
 from gemma import weights
 from gemma._torch.load import load_weights
-from gemma.cli._proof import open_any
+from gemma.gm._proof import open_any
 from gemma.modeling_gemma import GemmaForCausalLM
 from gemma.modeling_gemma3 import Gemma3ForConditionalGeneration
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration

@@ -10,6 +10,7 @@ from gemma._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "_anchored": ["AnchoredPolicy", "AnchoredPolicyOutput"],
         "_gemma": [
             "Gemma_2B",
             "Gemma_7B",

@@ -53,6 +53,9 @@ class Transformer(nn.Module, kw_only=True):
       images: see `tokens`.
       positions: see `tokens`.
       attention_mask: see `tokens`.
+      remat: what a training step keeps of each layer for its backward pass; the rest is computed a second time. "block":
+        the layer's input only; "dots": its products with weights, too. None: everything. It changes no number, and
+        nothing where no gradient is taken or a cache is passed.
     """
 
     config: TransformerConfig
@@ -62,6 +65,7 @@ class Transformer(nn.Module, kw_only=True):
     images: str | None = None
     positions: str | None = None
     attention_mask: str | None = None
+    remat: str | None = None
 
     INFO: ClassVar[ModelInfo] = ModelInfo()
 
@@ -74,6 +78,8 @@ class Transformer(nn.Module, kw_only=True):
         config = self.config
         if not config.source.tie_word_embeddings:
             raise ConfigError("tie_word_embeddings is False: the JAX networks use the embedding table as output head")
+        if self.remat not in (None, *_SAVED):
+            raise ConfigError(f"remat: expected None, {' or '.join(map(repr, _SAVED))}, got {self.remat!r}")
         encoder = config.vision_encoder
         if encoder is None:
             vision = {}
@@ -227,6 +233,8 @@ class Transformer(nn.Module, kw_only=True):
         new, shared = {}, {spec.kv_source: None for spec in specs if spec.shares_kv}
         if self.altup_projections:
             x = _streams.spread(x, self.altup_projections)
+        training = self.remat is not None and cache is None and not self.is_initializing()
+        call = nn.remat(_call_block, policy=_SAVED[self.remat]) if training else _call_block
         for block, spec, plan in zip(self.blocks, specs, plans):
             layer = None if cache is None or spec.shares_kv else cache[block.name]
             more = {}
@@ -235,7 +243,7 @@ class Transformer(nn.Module, kw_only=True):
                 more = dict(
                     inputs=_per_layer.LayerInputs(kv, None if per_layer is None else per_layer[..., spec.index, :])
                 )
-            stored, x, *kv = block(x, positions, layer, plan.mask, plan, **more)
+            stored, x, *kv = call(block, x, positions, layer, plan, more)
             if not spec.shares_kv:
                 new[block.name] = stored
             if spec.index in shared:
@@ -252,6 +260,14 @@ class Transformer(nn.Module, kw_only=True):
             return self.embedder.decode(x)
         logits = self.embedder.logits(x)  # float32: the cap is applied before rounding
         return (jnp.tanh(logits / cap) * cap).astype(x.dtype)
+
+
+# What `remat` keeps besides the inputs of a layer.
+_SAVED = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def _call_block(block: nn.Module, x: Array, positions: Array, cache: Any, plan: _plan.LayerPlan, more: dict[str, Any]):
+    return block(x, positions, cache, plan.mask, plan, **more)
 
 
 def _newer_inputs(config: TransformerConfig) -> dict[str, Any]:

@@ -15,12 +15,17 @@ from gemma import gm
 
 NAMES = {
     "gm.nn": """Transformer Gemma2_2B Gemma2_9B Gemma2_27B Gemma3_270M Gemma3_1B Gemma3_4B Gemma3_12B Gemma3_27B Einsum
-        RMSNorm Embedder Attention FeedForward Block AttentionType Cache Output TransformerLike config""",
+        RMSNorm Embedder Attention FeedForward Block AttentionType Cache Output TransformerLike config LoRA IntWrapper
+        QuantizationAwareWrapper AnchoredPolicy""",
+    "gm.data": """pad make_seq2seq_fields Seq2SeqTask ContrastiveTask DecodeBytes FormatText Tokenize Pad MapInts
+        AddSeq2SeqFields Parquet""",
+    "gm.losses": "DpoLoss NpoLoss",
+    "gm.evals": "SamplerEvaluator",
     "gm.nn.config": """TransformerConfig QueryPreAttentionNormalisation make_attention_layers_types
         GEMMA3_ATTENTION_PATTERN AttentionType ModelInfo""",
     "gm.text": """Tokenizer Gemma2Tokenizer Gemma3Tokenizer SpecialTokens SamplingMethod Greedy RandomSampling
         TopkSampling TopPSampling Sampler SamplerOutput ChatSampler ToolSampler""",
-    "gm.ckpts": "CheckpointPath save_params load_params LoadCheckpoint",
+    "gm.ckpts": "CheckpointPath save_params load_params LoadCheckpoint SkipLoRA AnchoredPolicyLoader",
     "gm.math": "apply_rope count_consecutive",
     "gm.tools": "Tool Example ToolOutput ToolManagerBase OneShotToolManager Calculator FileExplorer OfflineToolSearch",
     "gm.testing": "DummyGemma DummyTokenizer use_hermetic_tokenizer",
@@ -34,6 +39,10 @@ PRIVATE = {
     "gm.nn._layers": "Einsum RMSNorm",
     "gm.nn._modules": "Attention Block FeedForward Embedder AttentionType",
     "gm.nn._transformer": "Transformer Output ModelInfo",
+    "gm.data._functional": "pad make_seq2seq_fields",
+    "gm.data._tasks": "Seq2SeqTask ContrastiveTask _decode_bytes",
+    "gm.data._transforms": "DecodeBytes FormatText Tokenize Pad MapInts AddSeq2SeqFields",
+    "gm.data._parquet": "Parquet",
     "gm.math._misc": "count_consecutive",
     "gm.math._pos_utils": "build_positions_from_mask",
     "gm.utils._types": "Input InputConfig",
@@ -73,7 +82,7 @@ def test_names(module):
 
 def test_public_modules_list_their_names():
     """Completion in a notebook reads `dir`; it must not need the modules to be loaded."""
-    for module in ("ckpts", "math", "nn", "sharding", "testing", "text", "tools", "typing"):
+    for module in ("ckpts", "data", "evals", "losses", "math", "nn", "sharding", "testing", "text", "tools", "typing"):
         assert module in dir(gm)
         for name in NAMES.get(f"gm.{module}", "").split():
             assert name in dir(getattr(gm, module)), f"gm.{module}.{name}"
@@ -142,6 +151,27 @@ SIGNATURES = {
     "gm.ckpts.load_params": "path, *, params=None, donate=True, text_only=False, sharding=None, quantize=False",
     "gm.ckpts.save_params": "params, path, *, wait_until_finished=False",
     "gm.ckpts.LoadCheckpoint": "path, quantize=False",
+    "gm.ckpts.SkipLoRA": "wrapped",
+    "gm.ckpts.AnchoredPolicyLoader": "*, policy, anchor=None",
+    "gm.nn.AnchoredPolicy": "policy, anchor=None",
+    "gm.data.pad": "element, max_length, *, truncate=False, fill_value=0, axis=-1",
+    "gm.data.make_seq2seq_fields": "prompt, response",
+    "gm.data.Seq2SeqTask": """*, in_prompt, in_response, out_input, out_target, out_target_mask, drop_inputs=True,
+        tokenizer, max_length, truncate=False, sampling=False""",
+    "gm.data.ContrastiveTask": """*, in_prompt, in_chosen, in_rejected, out_tokens, out_targets, out_mask, tokenizer,
+        max_length, truncate=False, drop_inputs=True""",
+    "gm.data.DecodeBytes": "*, key, encoding='utf-8'",
+    "gm.data.FormatText": "*, key, template",
+    "gm.data.Tokenize": "*, key, tokenizer, add_eos=False, add_bos=False",
+    "gm.data.Pad": "*, key, max_length, truncate=False",
+    "gm.data.MapInts": "*, key, old_to_new",
+    "gm.data.AddSeq2SeqFields": "*, in_prompt, in_response, out_input, out_target, out_target_mask",
+    "gm.data.Parquet": "path",
+    "gm.losses.DpoLoss": """*, tau=0.1, label_smoothing=0.0, tokens=ANY, sequence_mask=ANY, policy_logits=ANY,
+        anchor_logits=ANY""",
+    "gm.losses.NpoLoss": "*, tau=1.0, tokens=ANY, sequence_mask=ANY, policy_logits=ANY, anchor_logits=ANY",
+    "gm.evals.SamplerEvaluator": """*, max_new_tokens, cache_length=4096, pad_length=None, num_batches=None, cache=False,
+        ds, model""",
     "gm.math.apply_rope": "inputs, positions, *, base_frequency, scale_factor=1.0, rope_proportion=1.0",
     "gm.math.count_consecutive": "values",
     "gm.tools.Example": "*, query, thought=None, tool_kwargs, tool_kwargs_doc, result, answer",

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny programs, each run a few times: compiling them is the cost, so XLA optimizes little."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
