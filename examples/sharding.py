@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model over several devices: a mesh, where the parameters live, loading and sampling.
+"""One model over several devices: a mesh, where the parameters live, loading, sampling and training.
 
     python examples/sharding.py                            a tiny random model on 8 pretended devices of this CPU
     python examples/sharding.py --model demo               the real Gemma 3 270M, the same way
     python examples/sharding.py --model PATH --devices 0   on the GPUs or TPUs of this machine
+    python examples/sharding.py --steps 4                  also a few steps of training
 
 Nothing in a network knows about devices. A strategy says where each parameter lives, the first axis of a batch says
 where its rows are, and XLA moves what has to be moved. The numbers are those of one device up to rounding.
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from gemma import gm, hub, testing
 from gemma.checkpoint import open_checkpoint
+from gemma.config import text_only
 from gemma.tokenizer import Tokenizer
 
 PROMPTS = ["The history of computing", "Hi", "Water boils at", "One, two, three,"]
@@ -69,11 +71,27 @@ def rows_of(params) -> jax.sharding.NamedSharding | None:
     return gm.sharding.split_batch(mesh) if len(PROMPTS) % copies == 0 else None
 
 
+def train(params, config, tokenizer, steps: int, strategy=None) -> list[float]:
+    """The loss of each step of a full fine-tune. Weights, gradients and moments live where the strategy says."""
+    rows = gm.data.Examples.of([gm.data.Completion(text, " and so on") for text in PROMPTS * 2])
+    trainer = gm.train.Trainer(
+        gm.train.Supervised(gm.nn.Transformer.from_config(config)),
+        params,
+        "all",
+        gm.data.Loader(rows, tokenizer, batch_size=8, max_length=64, buckets=(64,)),
+        steps=steps,
+        optimizer=gm.train.OptimizerConfig(learning_rate=1e-3),
+        sharding=strategy,
+    )
+    return [row["loss"] for row in trainer.fit().history]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder, a file, or demo; without it, a tiny random model")
     parser.add_argument("--devices", type=int, default=8, help="CPU devices to pretend; 0: those that there are")
     parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=0, help='of training, which needs pip install "gemmakit[train]"')
     chosen = parser.parse_args(arguments)
     if chosen.devices:
         jax.config.update("jax_platforms", "cpu")
@@ -88,6 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
             )
         whole = gm.ckpts.load_params(path, text_only=True)
         count = chosen.max_new_tokens
+        config = text_only(config)
+        losses = train(whole, config, tokenizer, chosen.steps) if chosen.steps else []
         expected = make_sampler(config, tokenizer, whole, count).sample(PROMPTS, max_new_tokens=count)
         for name, strategy in strategies(config).items():
             print(f"\n== {name}")
@@ -97,6 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
             sampler = make_sampler(config, tokenizer, params, count)
             texts = sampler.sample(PROMPTS, max_new_tokens=count, sharding=rows_of(params))
             print("   the texts of one device:", texts == expected)
+            if losses:
+                found = train(params, config, tokenizer, chosen.steps, strategy)
+                same = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(losses, found))
+                print(f"   {chosen.steps} steps, loss {found[0]:.4f} to {found[-1]:.4f}, as on one device: {same}")
     for prompt, text in zip(PROMPTS, expected):
         print(repr(prompt), "->", repr(text))
 

@@ -92,6 +92,7 @@ def check_words(run: RunConfig) -> None:
     _one_of("method", run.method, tuple(METHODS))
     _one_of("tune", run.tune, (None, *TUNES))
     _one_of("truncate", run.truncate, TRUNCATE)
+    _one_of("sample_by", run.sample_by, ("line", "paragraph", "document"))
     _one_of("schedule", run.schedule, SCHEDULES)
     _one_of("preference", run.preference, PREFERENCES)
     _one_of("dtype", run.dtype, DTYPES)

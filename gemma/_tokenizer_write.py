@@ -164,6 +164,8 @@ def _gguf_pieces(vocabulary: Vocabulary) -> list[str]:
 
 def chat_template(source: TokenizerSource) -> str | None:
     """The Jinja text that comes with a tokenizer, or None. It is only carried on; gemmakit's chats are `gemma.chat`."""
+    if source.template is not None:
+        return source.template
     if source.path is None or source.model is not None:
         return None
     if source.kind == "gguf":
@@ -234,7 +236,7 @@ def write_hf_files(source: TokenizerSource, folder: str | os.PathLike[str], rows
     if "tokenizer.json" not in files:
         files["tokenizer.json"] = _dump(tokenizer_json(vocabulary))
     files.setdefault("tokenizer_config.json", _dump(_tokenizer_config(vocabulary, tokens, unknown, source)))
-    template = chat_template(source) if source.kind == "gguf" else None
+    template = chat_template(source) if source.kind == "gguf" else source.template
     if template is not None:
         files["chat_template.jinja"] = template.encode()
     written = []

@@ -76,6 +76,7 @@ class TokenizerSource:
       types: int32 [V], 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte (gguf).
       special: ids named by the metadata: some of pad, eos, bos, unk, mask, eot, sep.
       flags: some of add_bos_token, add_eos_token, add_space_prefix.
+      template: a chat template (Jinja) to write instead of the one that the checkpoint carries.
     """
 
     kind: Literal["sentencepiece", "tokenizer.json", "gguf"]
@@ -86,6 +87,7 @@ class TokenizerSource:
     special: Mapping[str, int] = dataclasses.field(default_factory=dict)
     flags: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     model: bytes | None = None
+    template: str | None = None
 
 
 class Checkpoint(abc.ABC):

@@ -36,38 +36,53 @@ class RunConfig:
 
     Attributes:
       data: files of examples; formats are those of `gm.data.read_examples`.
-      model: what `gemma.hub.resolve` takes.
+      model: what `gemma.hub.resolve` takes: a path, a preset that was pulled, or demo.
       method: one of METHODS.
       tune: lora, qlora or full: what the methods that are named after a loss (dpo, ..., classification) train.
-      output: folder of the run. None: `finetuned/<data>-<method>`.
+      output: folder of the run; left out: `finetuned/<data>-<method>`.
       format: of the data; "auto" looks at the first rows.
-      columns: (role, column) pairs where a table names its columns in its own way: ("prompt", "question").
-      labels: of a classification: (label, the text of one token that stands for it) pairs; empty: those of the data.
-      template: of a classification: the text that the label follows, with `{text}` in it; None: a turn of a chat.
-      eval_data: files of examples that are never trained on. eval_split: or so much of `data`, 0 to 0.5.
-      limit: use the first rows only. skip_bad: leave malformed rows out, and list them, instead of stopping.
-      max_length: tokens of an example. truncate: what becomes of longer ones, see `gm.data.encode`; plain text is split
-        where it says "error".
+      sample_by: of text files, what one example is: a line, a paragraph or the whole document.
+      columns: (role, column) pairs where a table names its columns in its own way: `prompt=question`.
+      labels: of a classification: (label, the text of one token that stands for it) pairs; left out: those of the data.
+      template: of a classification: the text that the label follows, with `{text}` in it; left out: a turn of a chat.
+      eval_data: files of examples that are never trained on.
+      eval_split: or so much of `data`, 0 to 0.5.
+      limit: use the first rows only.
+      skip_bad: leave malformed rows out, and list them, instead of stopping.
+      max_length: tokens of an example.
+      truncate: what becomes of longer ones: error, drop, right, left, turns, split; plain text is split where it says
+        error.
       packing: several short examples in one row, which do not see each other.
       shuffle: examples, anew in each epoch, by `seed`.
-      batch_size: rows computed at a time. accumulate: so many batches make one step.
-      epochs: times that the data is seen. steps: or so many steps.
-      learning_rate, schedule, warmup_steps, weight_decay, clip_norm: of AdamW; warmup None is 3 % of the steps.
+      batch_size: rows computed at a time.
+      accumulate: so many batches make one step.
+      epochs: times that the data is seen.
+      steps: or so many steps.
+      learning_rate: the highest.
+      schedule: after the warm-up: cosine, linear, constant, wsd.
+      warmup_steps: steps in which the rate rises; left out: 3 % of all.
+      weight_decay, clip_norm: of AdamW; norms are not decayed.
       ema: keep a running mean of the trained weights, with this share of the old (0.999), and export that.
       rank, alpha, dropout, targets, use_dora, use_rslora: of the adapter, see `gemma.peft.LoRASpec`.
       adapter: go on from this adapter (a PEFT folder or a GGUF adapter) instead of a new one.
-      quantize: of qlora: how the base is packed, "keep" or a recipe; of qat: q4_0, int4, int8 or sfp8.
-      beta, preference, label_smoothing, gamma: of the preference losses; preference is the form of DPO.
+      quantize: of qlora: how the base is packed, keep or a recipe; of qat: q4_0, int4, int8 or sfp8.
+      beta, preference, label_smoothing, gamma: of the preference losses; preference is the form of DPO: sigmoid, hinge,
+        ipo, npo.
       dtype: of frozen weights and activations: float32, bfloat16, or auto (float32 on a CPU); what is trained is float32.
       remat: compute activations again in the backward pass instead of keeping them: none, block or dots.
-      sharding, tensor: how to spread over devices, and how many share one product.
+      sharding: how to spread over devices: none, data, fsdp, tensor.
+      tensor: with the last of these, how many devices share one product.
       seed: of everything that is random.
-      eval_every: steps between evaluations. early_stop: end after so many of them without a better loss.
+      eval_every: steps between evaluations; left out: at the end.
+      early_stop: end after so many of them without a better loss, and export the best.
       sample_prompts: continued at each evaluation, and printed.
-      log_every: steps between lines. save_every: between checkpoints. keep: so many of them.
-      resume: go on from the newest checkpoint of the folder.
+      log_every: steps between lines.
+      save_every: steps between checkpoints; left out: as `eval_every`, and at the end.
+      keep: so many checkpoints.
+      resume: go on from the newest checkpoint of the folder; false: refuse a folder that holds a run.
       export: any of adapter, adapter-gguf, merged, gguf, and of qat "quantized": the file whose grid was trained on.
-      gguf: types of the GGUF files. merged_dtype: of the merged safetensors.
+      gguf: types of the GGUF files.
+      merged_dtype: of the merged safetensors.
       proof_logits: also compare the answers of what was written with the trained model's, not the values alone.
       tensorboard: also write event files.
     """
@@ -78,6 +93,7 @@ class RunConfig:
     tune: str | None = None
     output: str | None = None
     format: str = "auto"
+    sample_by: str = "line"
     columns: tuple[tuple[str, str], ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
     template: str | None = None
@@ -179,8 +195,12 @@ class RunConfig:
         return dataclasses.replace(self, **{k: v for k, v in chosen.items() if getattr(self, k) is None})
 
     def fingerprint(self) -> dict[str, Any]:
-        """What two runs must have in common for one to go on from the other; where and how much they report is not."""
-        return {name: value for name, value in self.resolved().to_dict().items() if name not in _REPORTING}
+        """What a checkpoint of a run must have in common with the run that goes on from it.
+
+        Files are known by their content there, not by their names: the data by the loader's state. How long the run is
+        and what it reports may change.
+        """
+        return {name: value for name, value in self.resolved().to_dict().items() if name not in _MAY_CHANGE}
 
     # In and out.
 
@@ -230,25 +250,12 @@ class RunConfig:
 
 
 _HINTS = get_type_hints(RunConfig)
-_EXPORTS = {"qat": ("merged", "quantized")}
 _OBJECTIVES = {"classification": "classification"}
-# Fields that do not decide what is learnt.
-_REPORTING = {
-    *("output", "resume", "export", "gguf", "merged_dtype", "proof_logits", "tensorboard", "log_every", "save_every"),
-    *(
-        "data",
-        "eval_data",
-        "model",
-        "adapter",
-        "keep",
-        "sample_prompts",
-        "eval_every",
-        "early_stop",
-        "skip_bad",
-        "steps",
-        "epochs",
-    ),
-}
+# Files, which may move, and what may be other when a run goes on: its length, its reports, its exports.
+_FILES = frozenset(["data", "eval_data", "sample_by", "model", "adapter", "output"])
+_LENGTH = frozenset(["steps", "epochs", "eval_every", "early_stop", "save_every", "keep", "skip_bad", "resume"])
+_REPORTS = frozenset(["log_every", "sample_prompts", "tensorboard", "export", "gguf", "merged_dtype", "proof_logits"])
+_MAY_CHANGE = _FILES | _LENGTH | _REPORTS
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,11 +10,15 @@ A page is a function that returns Markdown, registered in `PAGES`. The command l
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from gemma import finetuning
 from gemma.config import ALIASES, PRESETS, GemmaConfig, PaliGemmaConfig, T5GemmaConfig
 from gemma.weights import _rows as rows
 from gemma.weights import _rows_newer as newer_rows
@@ -231,7 +235,62 @@ def weights_page() -> str:
     return "\n".join(parts)
 
 
-PAGES: dict[str, Callable[[], str]] = {"presets.md": presets_page, "weights.md": weights_page}
+_ENTRY = re.compile(r"^      ([a-z_]+(?:, [a-z_]+)*): (.*(?:\n        .*)*)", re.MULTILINE)
+
+
+def _settings() -> str:
+    """Every setting of a run with its default and what its docstring says."""
+    defaults = {field.name: field.default for field in dataclasses.fields(finetuning.RunConfig)}
+    for method in finetuning.METHODS:
+        chosen = finetuning.RunConfig(data="x", method=method).resolved().to_dict()
+        defaults |= {name: ... for name, value in defaults.items() if value is None and chosen[name] is not None}
+    body, left = [], set(defaults)
+    for names, text in _ENTRY.findall((finetuning.RunConfig.__doc__ or "").partition("Attributes:\n")[2]):
+        names = names.split(", ")
+        if not left >= {*names}:
+            raise SystemExit(f"RunConfig's docstring explains {names}, which are no settings, or twice")
+        left -= {*names}
+        values = ", ".join(_default(defaults[name]) for name in names)
+        body.append((", ".join(f"`{name}`" for name in names), values, " ".join(text.split())))
+    if left:
+        raise SystemExit(f"RunConfig's docstring does not explain {sorted(left)}")
+    return _table(("setting", "default", "meaning"), body)
+
+
+def _default(value: object) -> str:
+    if value is dataclasses.MISSING:
+        return "(required)"
+    if value is ... or value is None:
+        return "none" if value is None else "by method"
+    plain = list(value) if isinstance(value, tuple) else value
+    return f"`{json.dumps(plain)}`" if not isinstance(plain, str) else f"`{plain}`"
+
+
+def _methods() -> str:
+    body = []
+    for method, what in finetuning.METHODS.items():
+        run = finetuning.RunConfig(data="x", method=method).resolved()
+        body.append((f"`{method}`", what, f"{run.learning_rate:g}", ", ".join(run.export)))
+    return _table(("method", "", "learning rate", "exports"), body)
+
+
+def training_page() -> str:
+    """docs/training.md: a guide by hand, with what restates the settings between markers."""
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
+    for name, block in {"methods": _methods(), "settings": _settings()}.items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->\n")
+        if not (begin and end):
+            raise SystemExit(f"docs/training.md has no marks <!-- {name} --> and <!-- /{name} -->")
+        text = f"{before}{begin}{block}{end}{after}"
+    return text
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "presets.md": presets_page,
+    "weights.md": weights_page,
+    "training.md": training_page,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,6 +33,7 @@ class Display:
         self._task: Any = None
         self._last = 0.0
         self._steps = 0
+        self._compiled = False
 
     def __enter__(self) -> Display:
         return self
@@ -73,18 +74,20 @@ class Display:
     def _on_start(self, values: Mapping[str, Any]) -> None:
         trained, frozen = values["trainable"], values["frozen"]
         share = 100 * trained / max(1, trained + frozen)
-        self._say(f"training {trained:,} of {trained + frozen:,} numbers ({share:.2g} %)")
+        self._say(f"training {trained:,} of {trained + frozen:,} numbers ({share:.3g} %)")
         if values["step"]:
             self._say(f"going on after step {values['step']} of {values['steps']}")
+        if self._live and values["step"] < values["steps"]:
+            self._show("compiling", values["step"], values["steps"], "")
 
     # ---- steps
 
     def _on_step(self, values: Mapping[str, float]) -> None:
         step, steps = int(values["step"]), int(values["steps"])
-        text = (
-            f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  ETA {duration(values['eta'])}  "
-            f"{values['peak_bytes'] / 1e9:.1f} GB"
-        )
+        parts = [f"loss {values['loss']:.4f}", f"{values['peak_bytes'] / 1e9:.1f} GB"]
+        if self._compiled:  # the time of the first step is that of compiling it
+            parts[1:1] = [f"{values['tokens_per_second']:,.0f} tokens/s", f"ETA {duration(values['eta'])}"]
+        text, self._compiled = "  ".join(parts), True
         if values["skipped"]:
             self._say(f"step {step}: the loss or a gradient was not finite; skipped")
         if self._live:

@@ -86,7 +86,6 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="do not train; evaluate what ships")
     parser.add_argument("--work", type=Path, default=_runs.WORK / "assistant", help="folder of the run")
     args = parser.parse_args()
-    clock = _runs.Clock()
     target = ASSET if args.steps is None else args.work / f"asset-{args.steps}"
     if not args.evaluate:
         run = _runs.train(config(args.work, args.steps))
@@ -94,13 +93,14 @@ def main() -> None:
         log = dict(steps=run.steps, tokens=run.tokens, seconds=run.seconds, losses=run.losses, scores=run.scores)
         (target / "training.json").write_text(json.dumps(log | {"machine": _runs.machine(), "data": run.report}) + "\n")
         _runs.curve(target / "curve.png", run, "eval_loss", "The assistant")
+    clock = _runs.Clock()
     rows = [json.loads(line) for line in HELD.read_text(encoding="utf-8").splitlines()]
     held = rows if args.steps is None else rows[:4]
     found = _assistant_card.evaluate(held, target)
     found = dataclasses.replace(found, perplexity=(perplexity(None), perplexity(target)))
     log = json.loads((target / "training.json").read_text(encoding="utf-8"))
     (target / "README.md").write_text(_assistant_card.card(found, log, target), encoding="utf-8")
-    block = _assistant_card.page(found, log, clock.seconds if not args.evaluate else None)
+    block = _assistant_card.page(found, log, None if args.evaluate else run.seconds + clock.seconds)
     print(block)
     if args.steps is None:
         _runs.write_block("assistant", block)

@@ -131,7 +131,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="a trial of so many steps, on few rows; the page stays as it is")
     parser.add_argument("--work", type=Path, default=_runs.WORK / "sentiment", help="folder of data and run")
     args = parser.parse_args()
-    clock = _runs.Clock()
     archive = _packages.fetch(_packages.VADER)
     train, held = _ratings.split(_ratings.read_snippets(archive))
     used = _ratings.first_of_each(train, TRAIN)
@@ -144,6 +143,7 @@ def main() -> None:
         labelled = ({"text": row.text, "label": _ratings.label(row.rating)} for row in rows)
         files.append(_runs.write_rows(args.work / f"{name}.jsonl", labelled))
     run = _runs.train(config(*files, args.work, args.steps))
+    clock = _runs.Clock()
     columns = {
         "VADER 3.3.2": _ratings.lexicon_scores(archive, [row.text for row in held]),
         "270M, untrained": expected_ratings(None, held),
@@ -154,7 +154,7 @@ def main() -> None:
     if args.steps is None:
         counts = {source: sum(row.source == source for row in used) for source in NAMES}
         _runs.curve(_runs.PAGE.with_name("results_sentiment.png"), run, "eval_loss", "Rating sentences")
-        _runs.write_block("sentiment", page(run, lines, counts, clock.seconds))
+        _runs.write_block("sentiment", page(run, lines, counts, run.seconds + clock.seconds))
 
 
 if __name__ == "__main__":

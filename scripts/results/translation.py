@@ -107,7 +107,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="a trial of so many steps, on few rows; the page stays as it is")
     parser.add_argument("--work", type=Path, default=_runs.WORK / "translation", help="folder of data and run")
     args = parser.parse_args()
-    clock = _runs.Clock()
     train, held = _messages.split(_messages.read_pairs(_packages.fetch(_packages.DJANGO)))
     files = []
     for name, rows in (
@@ -119,6 +118,7 @@ def main() -> None:
         )
         files.append(_runs.write_rows(args.work / f"{name}.jsonl", pairs))
     run = _runs.train(config(*files, args.work, args.steps))
+    clock = _runs.Clock()
     held = held if args.steps is None else held[:12]
     base, trained = _runs.Writer(), None
     systems = {
@@ -135,7 +135,7 @@ def main() -> None:
         print(f"{pair.message!r}\n  {pair.translation!r}\n  {systems['trained'][i]!r}")
     if args.steps is None:
         _runs.curve(_runs.PAGE.with_name("results_translation.png"), run, "eval_loss", "Translating messages")
-        _runs.write_block("translation", page(run, lines, len(train), clock.seconds))
+        _runs.write_block("translation", page(run, lines, len(train), run.seconds + clock.seconds))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,18 @@ import pytest
 from gemma import testing
 from gemma.adapters import open_adapter
 from gemma.cli import __main__ as program
+from gemma.cli import _assistant, _backend
 from gemma.cli import finetune as verb
 from gemma.cli._finetune_display import duration
 
-ROWS = [("What is it?", "A cat."), ("And that?", "A dog."), ("Who?", "I."), ("Where?", "Here."), ("Why?", "So.")]
+# Of one length: one width of batches, and one program for the step.
+ROWS = [
+    ("What is?", "A cat."),
+    ("And now?", "A dog."),
+    ("Who was?", "I was."),
+    ("Where ?", "Here .."),
+    ("Why so?", "Soso .."),
+]
 
 FITS = ("--max-length", "64")
 
@@ -42,7 +50,7 @@ def chats(path, rows=ROWS):
 
 
 def config(**changes):
-    sizes = dict(num_hidden_layers=2, layer_pattern="LG", max_position_embeddings=128)
+    sizes = dict(num_hidden_layers=1, layer_pattern="G", max_position_embeddings=128)
     return testing.tiny_config("gemma3", query_pre_attn_scalar=None, rope_local_base_freq=1e4, **(sizes | changes))
 
 
@@ -77,11 +85,15 @@ def test_what_a_run_leaves(finished, here):
     assert not [p for p in finished.iterdir() if p.name.startswith(".gemma-export")]
     card = (finished / "README.md").read_text()
     assert "Gemma Terms of Use" in card and "rows kept" in card and "2 steps" in card
-    # Both files of the adapter are the same adapter, and it learnt something.
+    # Both files of the adapter are the same adapter, and it learnt something: turns, so it is spoken to in turns.
     one, two = (open_adapter(finished / name, config()) for name in ("adapter", "adapter.gguf"))
     for name, low in one.tensors.items():
         np.testing.assert_array_equal(low.b, two.tensors[name].b)
     assert all(np.abs(low.b).max() > 0 for low in one.tensors.values())
+    assert one.chat and two.chat and _assistant._speaks_turns(finished / "adapter")
+    # So are the merged files, which the base was not.
+    assert not _backend.is_tuned(here / "tiny.gguf")
+    assert _backend.is_tuned(finished / "merged") and _backend.is_tuned(finished / "model-f32.gguf")
     # The merged files are base plus adapter, in float32 to the last bit.
     from gemma.checkpoint import load_tensors, open_checkpoint
 
@@ -192,7 +204,7 @@ def test_bad_rows_are_left_out_and_listed(cli, here):
         "--dry-run",
         *FITS,
     )
-    assert done.code == 0 and "malformed, left out       2" in done.out and "bad.jsonl:6:" in done.out
+    assert done.code == 0 and re.search(r"malformed, left out +2 ", done.out) and "bad.jsonl:6:" in done.out
     assert not (here / "never").exists()
 
 
@@ -205,7 +217,8 @@ def test_a_dry_run_says_what_does_not_fit(cli, here, monkeypatch):
 def test_an_adapter_of_another_model(cli, here, finished, tmp_path):
     testing.write_tiny_gguf(tmp_path / "other.gguf", config(hidden_size=64))
     testing.write_tiny_gguf(tmp_path / "twin.gguf", config(), seed=5)
-    for model, text in (("other", "the adapter belongs to another model"), ("twin", "was trained on a base")):
+    other = "the adapter belongs to another model than other.gguf: 4 of its tensors"
+    for model, text in (("other", other), ("twin", "was trained on a base")):
         line = f"finetune {here}/chats.jsonl -m {tmp_path}/{model}.gguf -o {tmp_path}/{model}"
         done = cli(*line.split(), *FITS, "--steps", "1", "--adapter", f"{finished}/adapter")
         assert done.code == 2 and text in done.err, done.err

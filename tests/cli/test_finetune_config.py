@@ -3,6 +3,7 @@
 
 import pytest
 
+from gemma import finetuning
 from gemma.errors import ConfigError
 from gemma.finetuning import METHODS, RunConfig
 
@@ -21,17 +22,8 @@ def test_defaults_depend_on_the_method():
         run = RunConfig(data="x", method=method).resolved()
         unset = {name for name, value in run.to_dict().items() if value is None}
         assert unset <= {
-            "limit",
-            "steps",
-            "warmup_steps",
-            "ema",
-            "adapter",
-            "eval_every",
-            "early_stop",
-            "save_every",
-        } | {
-            "quantize",
-            "template",
+            *("limit", "steps", "warmup_steps", "ema", "adapter", "eval_every", "early_stop", "save_every"),
+            *("quantize", "template"),
         }
         assert run.resolved() == run
 
@@ -50,7 +42,9 @@ def test_what_makes_two_runs_the_same():
     one = RunConfig(data="x", steps=5)
     assert one.fingerprint() == RunConfig(data="y", steps=9, output="o", export="merged").fingerprint()
     assert one.fingerprint() != RunConfig(data="x", rank=4).fingerprint()
-    assert one.fingerprint() != RunConfig(data="x", model="other").fingerprint()
+    assert one.fingerprint() != RunConfig(data="x", max_length=64).fingerprint()
+    known = {*one.to_dict()}
+    assert known >= finetuning._MAY_CHANGE and not {"method", "seed", "template"} & finetuning._MAY_CHANGE
 
 
 @pytest.mark.parametrize(

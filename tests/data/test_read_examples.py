@@ -4,6 +4,7 @@
 import base64
 import io
 import json
+import os
 import random
 import re
 
@@ -181,9 +182,15 @@ def test_images(tmp_path, picture):
     turns = (Turn("user", "<start_of_image>What?"), Turn("model", "Hello"))
     assert examples == [Conversation(turns, (path,))] * 4 + [Conversation(turns, (picture,))]
     (tmp_path / "pics/b.png").write_bytes(b"no picture")
-    for bad, why in [("pics/b.png", "expected a PNG"), ("pics/c.png", "No such file"), ("https://x/a.png", "web")]:
+    os.mkfifo(tmp_path / "pics/pipe.png")
+    refused = {"pics/b.png": "expected a PNG", "pics/c.png": "No such file", "https://x/a.png": "web"}
+    refused |= {"pics": "a folder, a pipe", "pics/pipe.png": "a folder, a pipe", "\ud800.png": "lone surrogate"}
+    for bad, why in refused.items():
         with pytest.raises(DataError, match=why):
             read_examples(write(tmp_path / "bad.jsonl", [rows[2] | dict(image=bad)]))
+    for text in (dict(chosen="a", rejected="b"), dict(completion="a", label=True)):
+        with pytest.raises(DataError, match="images: they are read in conversations and completions only"):
+            read_examples(write(tmp_path / "bad.jsonl", [dict(prompt="p", images=["pics/a.png"]) | text]))
     with pytest.raises(DataError, match="1 images, but 2 image markers"):
         read_examples(
             write(
@@ -238,8 +245,17 @@ def test_bad_rows_are_listed_with_their_lines(tmp_path):
         ("a,a\n1,2", "a.csv", {}, "header of different column names"),
         ("text\n1,2", "a.csv", {}, "expected 1 cells as in the header, got 2"),
         ('text\n"x', "a.csv", {}, "no valid row of cells"),
-        ('[{"text": "x"}, {', "a.json", {}, "a.json:1: no valid JSON from here on"),
+        ('[{"text": "x"}, {', "a.json", {}, "a.json:1: row 2 of the list: no valid JSON from here on"),
         ('[{"text": "x"} 3]', "a.json", {}, "expected a comma"),
+        ('[{"text": "x"}]\n[{"text": "y"}]', "a.json", {}, "a.json:2: expected nothing after the list"),
+        (
+            '[{"text": "x"}, {"text": 1}, {"text": []}]',
+            "a.json",
+            {},
+            "a.json:1: row 3 of the list: text: expected text",
+        ),
+        ('{"text": NaN}', "a.jsonl", {}, "text: expected text, got nan"),
+        ('{"prompt": "a", "completion": -Infinity}', "a.jsonl", {}, "completion: expected text, got -inf"),
         ("[", "a.json", {}, "no valid JSON from here on"),
         ("PAR1", "a.parquet", {}, "no readable Parquet file"),
         ("x", "a.txt", dict(sample_by="page"), "sample_by"),

@@ -27,6 +27,11 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+def falls(found) -> bool:
+    """Whether the second of two numbers is the smaller one."""
+    return float(found[2]) < float(found[1])
+
+
 def guide(name: str):
     spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -52,7 +57,7 @@ def test_the_users_own_method_never_repeats():
 
 
 def test_lora(capsys):
-    guide("lora").main(["--max-new-tokens", "4"])
+    guide("lora").main(["--max-new-tokens", "4", "--steps", "0"])
     said = capsys.readouterr().out
     assert "7,584 numbers in the adapters" in said
     assert float(re.search(r"logits differ by (.*)", said)[1]) < 1e-5
@@ -84,21 +89,26 @@ def test_tokenizer(capsys):
     assert "'漢', '字'" in said
 
 
-def test_sharding():
+def run_sharding(*more: str) -> str:
     """In a process of its own: how many devices there are is decided once."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "sharding.py"), "--max-new-tokens", "4"],
+        [sys.executable, str(EXAMPLES / "sharding.py"), "--max-new-tokens", "4", *more],
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 devices: cpu" in done.stdout
-    assert done.stdout.count("the texts of one device: True") == 2
-    assert done.stdout.count("(2, 72, 24) on each") == 1  # the heads in two parts
-    assert done.stdout.count("one device holds 100%") == 0
+    return done.stdout
+
+
+def test_sharding():
+    said = run_sharding()
+    assert "8 devices: cpu" in said
+    assert said.count("the texts of one device: True") == 2
+    assert said.count("(2, 72, 24) on each") == 1  # the heads in two parts
+    assert said.count("one device holds 100%") == 0
 
 
 def test_search(capsys):
@@ -107,6 +117,61 @@ def test_search(capsys):
     assert said.count("0.") >= 4 and "question: Which planet" in said
     assert "alone the same: True" in said and "16 of 32 numbers: (4, 16)" in said
     assert "each text is nearest to itself: True" in said
+
+
+# Guides that train compile a step each, 5 to 15 seconds: tests/train, tests/losses and tests/cli hold the same parts.
+
+
+@pytest.mark.slow
+def test_lora_is_trained(capsys):
+    guide("lora").main(["--max-new-tokens", "4", "--steps", "4"])
+    said = capsys.readouterr().out
+    assert falls(re.search(r"4 steps on 4 sayings: the loss went from (\S+) to (\S+)", said))
+    assert "14 adapted matrices" in said
+
+
+@pytest.mark.slow
+def test_seq2seq(capsys):
+    guide("seq2seq").main(["--steps", "12"])
+    said = capsys.readouterr().out
+    assert "rows kept" in said and falls(re.search(r"went from (\S+) to (\S+); ended by: steps", said))
+    assert "written: adapter, checkpoints" in said and said.count("->") == 2
+
+
+@pytest.mark.slow
+def test_dpo(capsys):
+    guide("dpo").main(["--steps", "8"])
+    margins = re.findall(r"leads by (\S+),", capsys.readouterr().out)
+    assert float(margins[0]) == 0 < float(margins[-1])  # it begins at the reference
+
+
+@pytest.mark.slow
+def test_classification(capsys):
+    guide("classification").main(["--steps", "12"])
+    said = capsys.readouterr().out
+    assert "labels and their tokens: {'negative': " in said and "held out: " in said
+    assert re.search(r"training: \d+% right at first, (8|9|10)\d% at the end|, 100% at the end", said)
+
+
+@pytest.mark.slow
+def test_finetune_images(capsys):
+    guide("finetune_images").main(["--steps", "8"])
+    said = capsys.readouterr().out
+    assert "'images': (4, 1, 16, 16, 3)" in said and falls(re.search(r"loss (\S+) at the first step, (\S+) at", said))
+
+
+@pytest.mark.slow
+def test_qat(capsys):
+    guide("qat").main(["--steps", "4"])
+    said = capsys.readouterr().out
+    assert falls(re.search(r"loss (\S+) at the first step, (\S+) at", said))
+    assert re.search(r"model-q4_0.gguf, .* same arg-max (\d+) of \1\n", said)
+
+
+@pytest.mark.slow
+def test_training_over_devices():
+    said = run_sharding("--steps", "2")
+    assert said.count("as on one device: True") == 2
 
 
 def test_every_guide_is_run():

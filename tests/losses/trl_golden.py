@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of preferences as TRL computes them, for `test_preferences.py`: writes `trl_golden.json`.
+"""Losses as TRL computes them, for `test_preferences.py` and `test_policy_losses.py`: writes `trl_golden.json`.
 
     python tests/losses/trl_golden.py            TRL 1.16, which takes longer to import than all tests here to run
 
@@ -34,6 +34,16 @@ DPO = [
     ("apo_zero", 0.0),
     ("apo_down", 0.0),
 ]
+# How GRPO is asked for: kind, beta, low and high epsilon, delta, level.
+GRPO = [
+    ("grpo", 0.0, 0.2, 0.2, None, "token"),
+    ("bnpo", 0.04, 0.2, 0.28, None, "token"),
+    ("dr_grpo", 0.1, 0.1, 0.3, 1.6, "token"),
+    ("dapo", 0.04, 0.2, 0.28, None, "token"),
+    ("grpo", 0.04, 0.003, 0.004, None, "sequence"),
+]
+GROUP = 3
+SCALES = ("group", "batch", "none")
 
 
 def inputs() -> dict[str, np.ndarray]:
@@ -51,10 +61,32 @@ def inputs() -> dict[str, np.ndarray]:
     )
 
 
+def sampled() -> dict[str, np.ndarray]:
+    """Answers of two prompts and of one whose rewards are all the same: [B, T]; one of them has no token."""
+    rng = np.random.default_rng(11)
+    rows = 3 * GROUP
+    rewards = np.concatenate([rng.standard_normal(2 * GROUP), np.ones(GROUP)])
+    rewards[1] = np.nan  # could not be scored
+    mask = np.arange(LENGTH)[None] < rng.integers(1, LENGTH + 1, rows)[:, None]
+    mask[4] = False
+    old = -rng.gamma(1.0, 2.0, (rows, LENGTH))
+    policy = old + rng.normal(0, 0.3, old.shape)
+    reference = old + rng.normal(0, 0.5, old.shape)
+    return dict(
+        policy=policy, old=old, reference=reference, mask=mask, rewards=rewards, advantages=rng.standard_normal(rows)
+    )
+
+
+def name_of(case: tuple) -> str:
+    return "grpo/" + "/".join(map(str, case))
+
+
 def compute() -> dict[str, Any]:
     """Every loss: a mean over rows where TRL gives no more, else one for each row."""
     found = {f"dpo/{kind}/{smoothing}": _dpo(kind, smoothing) for kind, smoothing in DPO}
     found |= {f"kto/{kind}": _kto(kind) for kind in ("kto", "apo_zero_unpaired")}
+    found |= {name_of(case): _grpo(*case) for case in GRPO}
+    found |= {f"advantages/{scale}": _advantages(scale) for scale in SCALES}
     return found | _pairs_without_reference()
 
 
@@ -83,6 +115,9 @@ class _Anything:
         return x
 
     gather_for_metrics = gather
+
+    def reduce(self, x, reduction):
+        return x
 
     def unwrap_model(self, model):
         return model
@@ -185,6 +220,59 @@ def _pairs_without_reference() -> dict[str, Any]:
     losses, *_, log_odds = orpo_trainer.ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)
     # the loss that TRL trains on is the cross-entropy of the chosen rows minus this term; it is float32 there
     return found | {"orpo": dict(rows=(-losses).tolist(), log_odds=float(log_odds))}
+
+
+def _grpo(kind: str, beta: float, low: float, high: float, delta: float | None, level: str) -> dict[str, Any]:
+    """The loss, its gradient at the log-probabilities, and what is logged of KL and clipping."""
+    import torch
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    given = {name: torch.tensor(values) for name, values in sampled().items()}
+    policy = given["policy"].clone().requires_grad_()
+    fields = dict(beta=beta, epsilon_low=low, epsilon_high=high, loss_type=kind, importance_sampling_level=level)
+    fields |= dict(top_entropy_quantile=1.0, max_completion_length=LENGTH, current_gradient_accumulation_steps=1)
+    trainer = _Self(accelerator=_Anything(), **fields)
+    trainer.args = SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1)
+    trainer.model = SimpleNamespace(training=True)
+    trainer._metrics = collections.defaultdict(lambda: collections.defaultdict(list))
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (policy, torch.zeros_like(policy), None)
+    mask = given["mask"].long()
+    batch = dict(prompt_ids=mask[:, :1], prompt_mask=mask[:, :1], completion_ids=mask, completion_mask=mask)
+    batch |= dict(advantages=given["advantages"], old_per_token_logps=given["old"], num_items_in_batch=mask.sum())
+    batch |= dict(ref_per_token_logps=given["reference"])
+    loss = GRPOTrainer._compute_loss(trainer, None, batch)
+    loss.backward()
+    logged = {
+        name: values[-1]
+        for name, values in trainer._metrics["train"].items()
+        if name in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean")
+    }
+    return dict(loss=float(loss), slope=policy.grad.tolist()) | logged
+
+
+def _advantages(scale: str) -> dict[str, Any]:
+    """The statements of TRL that turn rewards to advantages, cut out of the function that also samples."""
+    import inspect
+    import textwrap
+
+    import torch
+    from trl.trainer import grpo_trainer
+
+    source = inspect.getsource(grpo_trainer.GRPOTrainer._generate_and_score_completions)
+    end = "        advantages = torch.nan_to_num(advantages, nan=0.0)\n"
+    first = source.index("        if self.multi_objective_aggregation ==")
+    names = dict(
+        vars(grpo_trainer),
+        self=SimpleNamespace(
+            multi_objective_aggregation="sum_then_normalize", scale_rewards=scale, reward_weights=torch.ones(1)
+        ),
+        rewards_per_func=torch.tensor(sampled()["rewards"])[:, None],
+        unscorable_mask=torch.isnan(torch.tensor(sampled()["rewards"])),
+        num_generations=GROUP,
+        device="cpu",
+    )
+    exec(textwrap.dedent(source[first : source.index(end) + len(end)]), names)
+    return dict(rows=names["advantages"].tolist())
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ def test_llamacpp_continues_as_the_reference(family, tmp_path, monkeypatch):
     # keys and values rounded to 11 bits; a swapped base, cap, norm or window is off by the size of the logits
     error = np.abs(got - want).max() / want.std()
     assert error < 0.02, error
+    cosine = (got * want).sum(axis=1) / (np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1))
+    assert cosine.min() > 0.9999, cosine
     margin = np.sort(want, axis=1)[:, -1] - np.sort(want, axis=1)[:, -2]
     clear = margin > 2 * np.abs(got - want).max()
     assert clear.mean() > 0.75 and (want.argmax(axis=1) == tokens[len(PROMPT) :])[clear].all()

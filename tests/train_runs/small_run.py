@@ -3,6 +3,7 @@
 
 python small_run.py FOLDER STEPS                     prints each step, until it ends or is killed
 python small_run.py FOLDER STEPS INDEX COORDINATOR   as one of two processes, spread over the devices of both
+python small_run.py FOLDER STEPS 8,2                 ends at STEPS / 2 on eight devices, and at STEPS on two of them
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gemma.testing import ByteTokenizer
 STEPS = 24
 TEXT = "a small model learns what it is told and a killed run must not notice that it was killed at all"
 WORDS = TEXT.split()
+PACKED = dict(batch_size=4, max_length=64, packing=True, packing_buffer=4, seed=7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,7 @@ def examples() -> list[data.Text]:
 def trainer(
     folder: Path, *, steps: int = STEPS, keep: float = 0.8, shard: tuple[int, int] = (0, 1), **options: Any
 ) -> train.Trainer:
-    packed = dict(batch_size=4, max_length=64, packing=True, packing_buffer=4, seed=7)
-    loader = data.Loader(examples(), ByteTokenizer(), shard=shard, **packed)
+    loader = options.pop("loader", None) or data.Loader(examples(), ByteTokenizer(), shard=shard, **PACKED)
     fields = dict(
         optimizer=train.OptimizerConfig(learning_rate=0.05, warmup_steps=3, total_steps=STEPS, weight_decay=0.01),
         checkpoints=train.Checkpoints(folder / "steps", keep=2),
@@ -96,9 +97,21 @@ def spread(folder: Path, steps: int, index: int, coordinator: str) -> None:
             print(type(error).__name__)
 
 
+def move(folder: Path, steps: int, counts: list[int]) -> None:
+    """A part of the run on each number of devices; every array that can be is cut into as many parts."""
+    for part, count in enumerate(counts, 1):
+        mesh = gm.sharding.make_mesh(fsdp=count, devices=jax.devices()[:count])
+        strategy = gm.sharding.FSDPSharding(mesh, min_size=1)
+        state = trainer(folder, steps=steps * part // len(counts), keep=1.0, sharding=strategy).fit().state
+        head = [state.params["head"]["w"], state.ema["head"]["w"]]
+        assert all(leaf.sharding.num_devices == count and not leaf.is_fully_replicated for leaf in head)
+
+
 if __name__ == "__main__":
     os.makedirs(sys.argv[1], exist_ok=True)
-    if len(sys.argv) > 3:
+    if len(sys.argv) == 4:
+        move(Path(sys.argv[1]), int(sys.argv[2]), [int(count) for count in sys.argv[3].split(",")])
+    elif len(sys.argv) > 3:
         spread(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     else:
         trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), callbacks=[Tell()]).fit()

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny Gemma, every leaf trained, on one device and spread over eight: prints the losses as lines of JSON.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python spread_run.py "all three" fsdp tensor data
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python spread_run.py "all three" fsdp tensor data move=FOLDER
+
+"move=FOLDER" is `small_run.move` in the same process, 16 steps on eight devices and then on two.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import small_run
 
 from gemma import gm
 from gemma.gm import train
@@ -74,6 +78,9 @@ def strategies() -> dict[str, Any]:
 if __name__ == "__main__":
     assert jax.device_count() == 8
     names = sys.argv[1:]
+    for name in names:
+        if name.startswith("move="):
+            small_run.move(Path(name.removeprefix("move=")), 16, [8, 2])
     print(json.dumps({"single": descend(None)}), flush=True)
     for name, strategy in strategies().items():
         if name in names:

@@ -117,8 +117,8 @@ class Encoder:
             pieces = [encoded]
         elif policy == "error":
             raise DataError(
-                f"{len(encoded)} tokens, but a row holds {self.max_length}: raise max_length, or pass truncate= with "
-                f"drop, right, left, turns (conversations) or split (plain text)"
+                f"{len(encoded)} tokens, but a row holds {self.max_length}: raise max_length, or set truncate (on "
+                f"the command line --truncate) to drop, right, left, turns (conversations) or split (plain text)"
             )
         elif policy == "drop":
             return Dropped("long", encoded.tokens)

@@ -17,6 +17,7 @@ Files as rows are `_rows.py`, messages `_messages.py`; finding the rows of a fil
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ class Row:
 
     def text(self, field: str, *, empty: bool = True) -> str:
         value = self.get(field)
+        if isinstance(value, float) and not math.isfinite(value):  # a missing cell, as some programs write it
+            raise DataError(f"{field}: expected text, got {value}")
         return text_of(str(value) if _is_number(value) else value, field, empty=empty)
 
     def reader(self) -> Reader:
@@ -181,6 +184,9 @@ def _last(turns: Sequence[Turn], name: str) -> str:
 
 
 def _with_system(row: Row, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns before an answer, behind the system text of a column."""
+    if row.get("images"):  # not to be dropped in silence
+        raise DataError("images: they are read in conversations and completions only, not beside preferences")
     system = row.get("system")
     if system is None or not text_of(system, "system").strip():
         return turns

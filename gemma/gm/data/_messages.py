@@ -152,10 +152,14 @@ class Reader:
             path = self._folder / value
             kept = str(path)
             try:
+                if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
+                    raise DataError(f"{where}: {kept}: expected a file, this is a folder, a pipe or a device")
                 with open(path, "rb") as file:
                     begin = file.read(4)
             except OSError as error:
                 raise DataError(f"{where}: {kept}: {error.strerror or error}") from None
+            except UnicodeEncodeError:
+                raise DataError(f"{where}: {kept!r} is no path: it holds a lone surrogate") from None
         else:
             raise DataError(f"{where}: expected the path of a picture, got {_name(value)}")
         if not begin.startswith(_MAGIC):

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from gemma.errors import DataError, DependencyError
+from gemma.gm._plain import PlainForm
 
 _KEPT_GROUPS = 4  # row groups in memory: neighbours are cheap, and a shuffled pass cannot fill the memory
 
 
 @dataclasses.dataclass(frozen=True)
-class Parquet:
+class Parquet(PlainForm):
     """The rows of one or several parquet files, one after the other.
 
       rows = gm.data.Parquet("train.parquet")
@@ -38,6 +39,13 @@ class Parquet:
       path: a file, several files, or a folder, whose `*.parquet` files are taken in the order of their names.
       columns: names of the columns to read; None: all.
     """
+
+    KAULDRON_FIELDS = frozenset(
+        {
+            *("batch_drop_remainder", "batch_size", "num_epochs", "num_workers", "seed", "shuffle", "transforms"),
+            *("enable_profiling", "per_worker_buffer_size", "read_options", "shard_by_process", "worker_init_fn"),
+        }
+    )
 
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     columns: Sequence[str] | None = None

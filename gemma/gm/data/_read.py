@@ -114,14 +114,14 @@ class _Scan:
                 good += [found[2]] if isinstance(found[2], dict) else []
             if good:
                 file.detect(good)
-            for key, line, row in itertools.chain(first, scanned):
+            for count, (key, line, row) in enumerate(itertools.chain(first, scanned), 1):
                 if self.full:
                     return
-                self._row(number, file, key, line, row)
+                self._row(number, file, key, line, row, count)
         except OSError as error:
             raise DataError(f"{file.name}: {error.strerror or error}") from None
 
-    def _row(self, number: int, file: _File, key: tuple[int, int], line: int, row: Any) -> None:
+    def _row(self, number: int, file: _File, key: tuple[int, int], line: int, row: Any, count: int) -> None:
         why = row.why if isinstance(row, _rows.Broken) else None
         if why is None:
             try:
@@ -132,6 +132,8 @@ class _Scan:
             self.places.extend((number, *key, line))
         else:
             self.bad += 1
+            if isinstance(file.rows, _rows.JsonList) and file.rows.one_line:
+                why = f"row {count} of the list: {why}"
             if len(self.problems) < MAX_LISTED:
                 self.problems.append(BadRow(file.name, line, why))
 
@@ -141,7 +143,9 @@ class _Scan:
         if self.bad and (not skip_bad or not len(places)):
             shown = "".join(f"\n  {problem}" for problem in self.problems[:_SHOWN])
             more = f"\n  and {self.bad - _SHOWN} more" if self.bad > _SHOWN else ""
-            advice = "correct them, or leave them out with skip_bad=True" if len(places) else "no row is left"
+            advice = (
+                "correct them, or leave them out with skip_bad=True (--skip-bad)" if len(places) else "no row is left"
+            )
             total = self.bad + len(places)
             raise DataError(f"{names}: {self.bad} of {total} rows cannot be used:{shown}{more}\n{advice}")
         if not len(places):

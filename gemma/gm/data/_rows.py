@@ -97,12 +97,13 @@ class TextLines:
 class JsonList:
     """A JSON list of objects, held in memory as text. After a syntax error the rest cannot be found: it is one problem.
 
-    The line of a row is that of its first character.
+    The line of a row is that of its first character; where the whole list is one line, that says nothing (`one_line`).
     """
 
     def __init__(self, path: Path):
         _check_size(path)
         self.path, self._text = path, _decoded(path)
+        self.one_line = "\n" not in self._text.strip()
 
     def scan(self) -> Scanned:
         text, decoder = self._text, json.JSONDecoder()
@@ -123,6 +124,10 @@ class JsonList:
             elif text[at : at + 1] != "]":
                 yield (at, at), line, Broken("no valid JSON from here on: expected a comma or the closing bracket")
                 return
+        at = _skip(text, at + 1)
+        if at < len(text):  # such as a second list
+            line += text.count("\n", counted, at)
+            yield (at, at), line, Broken(f"expected nothing after the list, got {text[at : at + 20]!r}: join the lists")
 
     def read(self, key: Key) -> dict[str, Any]:
         return json.loads(self._text[key[0] : key[1]])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma.errors import DataError
+from gemma.gm._plain import PlainForm
 from gemma.gm.data import _paths
 from gemma.gm.data._tasks import Seq2SeqTask
 from gemma.gm.text._sampler import Sampler
@@ -57,7 +58,7 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class SamplerEvaluator:
+class SamplerEvaluator(PlainForm):
     """Samples an answer to each prompt of a data set.
 
       evaluator = gm.evals.SamplerEvaluator(ds=rows, task=task, model=model, max_new_tokens=50, num_batches=10)
@@ -79,6 +80,8 @@ class SamplerEvaluator:
       rng: for sampling methods that draw. The default picks the likeliest token.
       sampling: as in `gm.text.Sampler`; None: the likeliest token.
     """
+
+    KAULDRON_FIELDS = frozenset({"base_cfg", "discard_opt", "losses", "name", "run", "summaries", "writer"})
 
     max_new_tokens: int
     ds: Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is trained on: cross-entropy without logits of all positions, and losses of preferences.
+"""What a model is trained on: cross-entropy without logits of all positions, losses of preferences and of sampled answers.
 
     hidden = gm.losses.hidden_states(model, params, batch)
     total, count = gm.losses.token_nll(model, params, hidden, batch["targets"], batch["loss_mask"])
@@ -14,7 +14,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "_head": ["Head", "head", "hidden_states", "packing_mask"],
-        "_cross_entropy": ["cross_entropy", "sequence_logps", "token_logps", "token_nll"],
+        "_cross_entropy": ["cross_entropy", "logits_logps", "sequence_logps", "token_logps", "token_nll"],
+        "_grpo": ["group_advantages", "grpo"],
         "_preference": ["dpo", "kto", "kto_kl", "mismatched", "npo", "orpo", "simpo"],
         "_official": ["DpoLoss", "NpoLoss"],
     },

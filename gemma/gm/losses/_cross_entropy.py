@@ -57,6 +57,37 @@ def token_nll(
     return total, jnp.sum(weights)
 
 
+def token_logps(
+    model: nn.Module | Head,
+    params: Params | None,
+    hidden: Float[Array, "*B T D"],
+    targets: Int[Array, "*B T"],
+    mask: Bool[Array, "*B T"],
+    *,
+    chunk: int | None = None,
+    shards: int = 1,
+) -> Float[Array, "*B T"]:
+    """ln p of the target at each position that counts, 0 elsewhere; no more logits than of a chunk exist.
+
+    What policy losses are computed from (`grpo`). Gradients may weigh every position differently.
+
+    Args:
+      model, params, hidden, targets, chunk, shards: as in `token_nll`.
+      mask: True where a target counts.
+
+    Returns:
+      float32, nats.
+
+    Raises:
+      ShapeError: as `token_nll`.
+    """
+    head_ = _checked_head(model, params)
+    targets, weights = _checked(head_, hidden, targets, mask)
+    weights = (weights != 0).astype(jnp.float32)
+    grouped = _grouped(hidden, targets, weights, shards)
+    return -_chunked.nll_each(head_, *grouped, _positions(chunk)).reshape(targets.shape)
+
+
 def sequence_logps(
     model: nn.Module | Head,
     params: Params | None,
@@ -81,12 +112,9 @@ def sequence_logps(
     Raises:
       ShapeError: as `token_nll`.
     """
-    head_ = _checked_head(model, params)
-    targets, weights = _checked(head_, hidden, targets, mask)
-    weights = (weights != 0).astype(jnp.float32)
-    grouped = _grouped(hidden, targets, weights, shards)
-    nll = _chunked.nll_each(head_, *grouped, _positions(chunk)).reshape(targets.shape)
-    return _summed(-nll, weights, average)
+    log_p = token_logps(model, params, hidden, targets, mask, chunk=chunk, shards=shards)
+    total = jnp.sum(log_p, axis=-1)
+    return total / jnp.maximum(jnp.sum(jnp.asarray(mask) != 0, axis=-1), 1) if average else total
 
 
 def cross_entropy(
@@ -94,20 +122,15 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """As `token_nll`, of logits that exist: (sum, count). For small models, and to compare with."""
     targets, weights = _checked_targets(logits, targets, mask, logits.shape[-1])
-    log_p = token_logps(logits, targets)
+    log_p = logits_logps(logits, targets)
     return jnp.sum(jnp.where(weights != 0, -log_p * weights, 0)), jnp.sum(weights)
 
 
-def token_logps(logits: Float[Array, "*B T V"], targets: Int[Array, "*B T"]) -> Float[Array, "*B T"]:
-    """ln p of the target at each position, float32, of logits that exist."""
+def logits_logps(logits: Float[Array, "*B T V"], targets: Int[Array, "*B T"]) -> Float[Array, "*B T"]:
+    """ln p of the target at each position, float32, of logits that exist; `token_logps` does without them."""
     wide = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(wide, axis=-1)
-
-
-def _summed(log_p: Array, weights: Array, average: bool) -> Array:
-    total = jnp.sum(log_p, axis=-1)
-    return total / jnp.maximum(jnp.sum(weights, axis=-1), 1) if average else total
 
 
 def _checked_head(model: Any, params: Any) -> Head:

@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from gemma.errors import ShapeError
+from gemma.gm._plain import PlainForm
 from gemma.gm.losses import _preference
-from gemma.gm.losses._cross_entropy import token_logps
+from gemma.gm.losses._cross_entropy import logits_logps
 from gemma.gm.typing import Array, Bool, Float, Int
 
 REQUIRED = "__KEY_REQUIRED__"  # a trainer must say where this input comes from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Keys:
+class _Keys(PlainForm):
     """Where a trainer finds the inputs of a loss in its context.
 
     Attributes:
@@ -32,6 +33,8 @@ class _Keys:
       policy_logits: of the model that is trained.
       anchor_logits: of the model that it started from.
     """
+
+    KAULDRON_FIELDS = frozenset({"mask", "normalize_by", "step", "weight"})
 
     tokens: str = REQUIRED
     sequence_mask: str = REQUIRED
@@ -125,6 +128,6 @@ def _logps(tokens: Array, mask: Array, policy: Array, anchor: Array) -> tuple[Ar
     counted = mask.astype(bool)
     targets = jnp.where(counted, tokens, 0)
     policy, anchor = (
-        jnp.sum(jnp.where(counted, token_logps(logits, targets), 0), axis=-1) for logits in (policy, anchor)
+        jnp.sum(jnp.where(counted, logits_logps(logits, targets), 0), axis=-1) for logits in (policy, anchor)
     )
     return policy, jax.lax.stop_gradient(anchor)

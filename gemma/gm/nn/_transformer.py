@@ -19,7 +19,7 @@ from flax import linen as nn
 from gemma.config import GemmaConfig
 from gemma.errors import ConfigError, ContextFull, ShapeError
 from gemma.gm.math import _pos_utils
-from gemma.gm.nn import _cache, _images, _layers, _modules, _per_layer, _plan, _streams
+from gemma.gm.nn import _cache, _images, _layers, _modules, _per_layer, _plan, _remat, _streams
 from gemma.gm.nn._config import ModelInfo, TransformerConfig
 from gemma.gm.typing import Array, Bool, DType, Float, Int, Sharding, UInt8
 from gemma.gm.utils import _jax_utils
@@ -234,7 +234,7 @@ class Transformer(nn.Module, kw_only=True):
         if self.altup_projections:
             x = _streams.spread(x, self.altup_projections)
         training = self.remat is not None and cache is None and not self.is_initializing()
-        call = nn.remat(_call_block, policy=_SAVED[self.remat]) if training else _call_block
+        call = _remat.checkpoint(_call_block, _SAVED[self.remat]) if training else _call_block
         for block, spec, plan in zip(self.blocks, specs, plans):
             layer = None if cache is None or spec.shares_kv else cache[block.name]
             more = {}
@@ -263,7 +263,7 @@ class Transformer(nn.Module, kw_only=True):
 
 
 # What `remat` keeps besides the inputs of a layer.
-_SAVED = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+_SAVED = {"block": None, "dots": _remat.products}
 
 
 def _call_block(block: nn.Module, x: Array, positions: Array, cache: Any, plan: _plan.LayerPlan, more: dict[str, Any]):

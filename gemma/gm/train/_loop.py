@@ -36,7 +36,42 @@ _ADAMW = OptimizerConfig()
 
 
 class Trainer:
-    """One run. Everything that it does is decided here; `fit` does it."""
+    """One run. Everything that it does is decided when it is made; `fit` does it.
+
+    Args:
+      objective: what is minimized, with the model.
+      params: the whole tree, adapters included. Frozen leaves are used in place. Trained ones are copied when the run
+        starts; a caller that needs the memory keeps no name of its own for them.
+      trainable: which leaves are trained: "lora", "all", regular expressions, ... (`split_trainable`).
+      loader: batches, `gm.data.Loader` or any iterable of them. For checkpoints its iterator has `get_state()` and
+        `set_state(state)`.
+      optimizer: as data, whose `total_steps` is filled in; or a transformation of optax.
+      steps: where the run ends; None: as many as the loader's epochs have.
+      accumulate: batches of the loader whose gradient is taken together in one step.
+      ema: decay of a moving average of the trained leaves, which is then evaluated, sampled and returned.
+      master_dtype: in which trained leaves are kept; each step rounds them to what they were. None: kept as they are,
+        and updates smaller than their precision are lost.
+      remat: see `gm.nn.Transformer.remat`; None: as the model has it.
+      eval_loader: is read from its beginning every time.
+      eval_every: steps between evaluations; None: only at the end. Without `eval_loader`: between samples.
+      eval_batches: of each evaluation at most; None: all.
+      eval_first: evaluate before the first step, too.
+      early_stop: when to end before `steps`.
+      sample_prompts: are continued at each evaluation: texts, ids, or conversations (`gm.text.Sampler`).
+      sample_tokens: of each continuation at most.
+      tokenizer: for the samples.
+      checkpoints: where the run is saved, and resumed from. None: nothing is saved.
+      save_every: steps between checkpoints; None: at each evaluation. One is always written at the end.
+      loggers: `Csv`, `TensorBoard`, `Png`, ...
+      callbacks: are told everything, see `Callback`.
+      sharding: a strategy of `gm.sharding`: parameters are placed by it, the optimizer's state beside them, and batches
+        are split over its `data` and `fsdp` axes.
+      seed: of dropout. Batches have the loader's.
+      max_skipped: that many steps in a row without a finite loss and gradient end the run with an error.
+
+    Raises:
+      ConfigError: (a ValueError) settings that contradict each other, or nothing to train.
+    """
 
     def __init__(
         self,
@@ -67,51 +102,12 @@ class Trainer:
         seed: int = 0,
         max_skipped: int = 10,
     ):
-        """Splits the parameters and checks the settings; nothing is computed yet.
-
-        Args:
-          objective: what is minimized, with the model.
-          params: the whole tree, adapters included. Frozen leaves are used in place. Trained ones are copied when the
-            run starts; a caller that needs the memory keeps no name of its own for them.
-          trainable: which leaves are trained: "lora", "all", regular expressions, ... (`split_trainable`).
-          loader: batches, `gm.data.Loader` or any iterable of them. For checkpoints its iterator has `get_state()` and
-            `set_state(state)`.
-          optimizer: as data, whose `total_steps` is filled in; or a transformation of optax.
-          steps: where the run ends; None: as many as the loader's epochs have.
-          accumulate: batches of the loader whose gradient is taken together in one step.
-          ema: decay of a moving average of the trained leaves, which is then evaluated, sampled and returned.
-          master_dtype: in which trained leaves are kept; each step rounds them to what they were. None: kept as they
-            are, and updates smaller than their precision are lost.
-          remat: see `gm.nn.Transformer.remat`; None: as the model has it.
-          eval_loader: is read from its beginning every time.
-          eval_every: steps between evaluations; None: only at the end. Without `eval_loader`: between samples.
-          eval_batches: of each evaluation at most; None: all.
-          eval_first: evaluate before the first step, too.
-          early_stop: when to end before `steps`.
-          sample_prompts: are continued at each evaluation: texts, ids, or conversations (`gm.text.Sampler`).
-          sample_tokens: of each continuation at most.
-          tokenizer: for the samples.
-          checkpoints: where the run is saved, and resumed from. None: nothing is saved.
-          save_every: steps between checkpoints; None: at each evaluation. One is always written at the end.
-          loggers: `Csv`, `TensorBoard`, `Png`, ...
-          callbacks: are told everything, see `Callback`.
-          sharding: a strategy of `gm.sharding`: parameters are placed by it, the optimizer's state beside them, and
-            batches are split over its `data` and `fsdp` axes.
-          seed: of dropout. Batches have the loader's.
-          max_skipped: that many steps in a row without a finite loss and gradient end the run with an error.
-
-        Raises:
-          ConfigError: (a ValueError) settings that contradict each other, or nothing to train.
-        """
         self.steps = _steps(steps, loader, accumulate)
         _check(accumulate, eval_every=eval_every, save_every=save_every, max_skipped=max_skipped)
-        if sample_prompts and tokenizer is None:
-            raise ConfigError("sample_prompts: samples need the tokenizer of the model, Trainer(tokenizer=...)")
-        if early_stop is not None and eval_loader is None:
-            raise ConfigError("early_stop: looks at evaluations; expected an eval_loader")
-        if remat is not None:
-            objective = dataclasses.replace(objective, model=objective.model.clone(remat=remat))
-        self.objective, self.loader, self.accumulate, self.seed = objective, loader, accumulate, seed
+        _check_reports(sample_prompts, tokenizer, early_stop, eval_loader)
+        self.placement = _placement(sharding)
+        self.objective = _fitted(objective, remat, self.placement)
+        self.loader, self.accumulate, self.seed = loader, accumulate, seed
         self.eval_loader, self.eval_every, self.eval_batches = eval_loader, eval_every, eval_batches
         self.eval_first, self.early_stop, self.max_skipped = eval_first, early_stop, max_skipped
         self.sample_prompts, self.sample_tokens, self.tokenizer = tuple(sample_prompts), sample_tokens, tokenizer
@@ -119,23 +115,8 @@ class Trainer:
         self.loggers, self.callbacks = tuple(loggers), tuple(callbacks)
         self.ema, self.master_dtype = ema, master_dtype
         self._split = split_trainable(params, trainable)
-        self.placement: Placement | None = None
-        if sharding is not None or process()[1] > 1:
-            self.placement = Placement() if sharding is None else Placement(sharding)
-            self.objective = self._spread(objective, self.placement.mesh.shape)
         self.dtypes = dtypes_of(self._split.trainable)
-        self.schedule = None
-        if isinstance(optimizer, OptimizerConfig):
-            config = optimizer if optimizer.total_steps else dataclasses.replace(optimizer, total_steps=self.steps)
-            self.schedule, optimizer = make_schedule(config), make_optimizer(config)
-        self.optimizer = optimizer
-
-    @staticmethod
-    def _spread(objective: Objective, sizes: Mapping[str, int]) -> Objective:
-        """The objective, told over how many copies of the model the rows are spread."""
-        if all(field.name != "shards" for field in dataclasses.fields(objective)):
-            return objective
-        return dataclasses.replace(objective, shards=sizes.get("data", 1) * sizes.get("fsdp", 1))
+        self.schedule, self.optimizer = _rule(optimizer, self.steps)
 
     @property
     def compute_dtype(self) -> Any:
@@ -213,3 +194,37 @@ def _check(accumulate: int, **every: int | None) -> None:
     for name, value in {"accumulate": accumulate, **every}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected 1 or more, got {value}")
+
+
+def _check_reports(sample_prompts: Sequence[Any], tokenizer: Any, early_stop: Any, eval_loader: Any) -> None:
+    if sample_prompts and tokenizer is None:
+        raise ConfigError("sample_prompts: samples need the tokenizer of the model, Trainer(tokenizer=...)")
+    if early_stop is not None and eval_loader is None:
+        raise ConfigError("early_stop: looks at evaluations; expected an eval_loader")
+
+
+def _placement(sharding: Any) -> Placement | None:
+    """Where arrays live; None: on one device."""
+    if sharding is None:
+        return Placement() if process()[1] > 1 else None
+    return Placement(sharding)
+
+
+def _fitted(objective: Objective, remat: str | None, placement: Placement | None) -> Objective:
+    """The objective with this run's remat, and told over how many copies of the model the rows are spread."""
+    if remat is not None:
+        objective = dataclasses.replace(objective, model=objective.model.clone(remat=remat))
+    if placement is None or all(field.name != "shards" for field in dataclasses.fields(objective)):
+        return objective
+    sizes = placement.mesh.shape
+    return dataclasses.replace(objective, shards=sizes.get("data", 1) * sizes.get("fsdp", 1))
+
+
+def _rule(
+    optimizer: OptimizerConfig | optax.GradientTransformation, steps: int
+) -> tuple[optax.Schedule | None, optax.GradientTransformation]:
+    """The learning rate of each step as far as it is known, and the optimizer."""
+    if not isinstance(optimizer, OptimizerConfig):
+        return None, optimizer
+    config = optimizer if optimizer.total_steps else dataclasses.replace(optimizer, total_steps=steps)
+    return make_schedule(config), make_optimizer(config)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that a run needs, counted from its settings and the header of its checkpoint; no weights are read.
 
-Inference is `gemma/fit.py`. What surrounds the arrays (Python, XLA, compilation) is about 1 GB on a CPU and is an item.
+Arrays that last are counted exactly. What exists during a step (`_step_items`) is a formula whose factors come from the
+buffers that XLA's compiler for CPUs assigns; it is within 20 % of them on the shapes that were tried, and an upper
+estimate on accelerators, whose compilers fuse more. Inference is `gemma/fit.py`. Axis letters: N heads, H width of a
+head, K key/value heads, D width of the model, F of the MLP, V ids, T tokens of a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,20 +19,22 @@ from gemma import config as configs
 from gemma import fit, hub, weights
 from gemma.finetuning import RunConfig
 from gemma.gm import ckpts
+from gemma.gm.losses._chunked import default_chunk
 from gemma.peft import LoRASpec
 
-_RUNTIME = 10**9
-_CHUNK = 256  # positions whose logits exist at once, see gm.losses
+_RUNTIME = 800_000_000  # Python, JAX, a tokenizer, compiled programs; most of it is the compiler's
+_BLOCK = 8192  # rows of the table whose logits exist at once where the head is not trained (CPU)
+_BITS = {"int4": 4.5, "int8": 8.5, "sfp8": 8.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by what they are for.
+    """Bytes by what they are for; where a run is spread over accelerators, of one of them.
 
     Attributes:
       items: name to bytes.
       available: of the device, or of the machine where the CPU is the device; None: not known.
-      advice: what would need less; empty if it fits.
+      advice: what does not fit and which change of the settings would make it fit; empty if it fits.
     """
 
     items: Mapping[str, int]
@@ -40,6 +45,11 @@ class MemoryEstimate:
     def total(self) -> int:
         return sum(self.items.values())
 
+    @property
+    def fits(self) -> bool:
+        """Whether that much is available, or nothing is known about it."""
+        return self.available is None or self.total <= self.available
+
     def __str__(self) -> str:
         lines = [f"{name:<32}{fit.format_bytes(size)}" for name, size in self.items.items()]
         lines.append(f"{'memory needed, about':<32}{fit.format_bytes(self.total)}")
@@ -48,66 +58,133 @@ class MemoryEstimate:
         return "\n".join([*lines, *([self.advice] if self.advice else [])])
 
 
-def estimate_memory(run: RunConfig) -> MemoryEstimate:
+def estimate_memory(run: RunConfig, *, images: bool = False) -> MemoryEstimate:
     """What a run will need.
 
     Args:
       run: its settings; a checkpoint that is not here is not fetched.
+      images: the data hold pictures, so that the vision tower is loaded.
 
     Raises:
       GemmaError: the checkpoint cannot be found or read.
     """
     run = run.resolved()
     with ckpts.open_checkpoint(hub.resolve(run.model)) as checkpoint:
-        config = configs.text_only(checkpoint.config())
+        whole = checkpoint.config()
         stored = sum(info.nbytes for info in checkpoint.tensors.values())
-    dtype = run.dtype if run.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    width = 4 if dtype == "float32" else 2
+    config = configs.text_only(whole)
+    vision = 4 * (whole.num_parameters - config.num_parameters) if images else 0
+    items = count_items(run, config, stored, vision)
+    available = _available()
+    advice = ""
+    if available is not None and sum(items.values()) > available:
+        advice = _advice(run, items, available, lambda other: count_items(other, config, stored, vision))
+    return MemoryEstimate(items, available, advice)
+
+
+def count_items(run: RunConfig, config: configs.GemmaConfig, stored: int, vision: int = 0) -> dict[str, int]:
+    """Bytes of each part of a run.
+
+    Args:
+      run: resolved.
+      config: of the text model.
+      stored: bytes of the checkpoint's tensors, for a base that is trained upon as it is stored.
+      vision: bytes of a vision tower.
+    """
+    width = 4 if _dtype(run) == "float32" else 2
     full = run.tuned == "full"
     trained = config.num_parameters if full else _adapter_values(run, config)
-    base = fit.stored_bytes(config, dtype)
-    if run.tuned == "qlora":
-        bits = {"int4": 4.5, "int8": 8.0, "sfp8": 8.0}.get(run.quantize)
-        base = stored if run.quantize == "keep" else int(config.num_parameters * (bits or 4.8) / 8)
-    rows = run.batch_size * (2 if run.objective == "preference" else 1)
+    shares, copies = _spread(run)
+    base = _base(run, config, stored)
     items = {
-        "weights": base,
-        "trained, in float32": 4 * trained,
+        "weights, not trained": (0 if full else base) + vision,
+        "weights, trained, in float32" if full else "adapter, in float32": 4 * trained,
         "moments of the optimizer": 8 * trained,
-        "gradients": 4 * trained,
-        **({"moving average": 4 * trained} if run.ema else {}),
-        **({"reference model": base} if full and run.method in ("dpo", "kto") else {}),
-        "activations": _activations(run, config, rows, width),
-        "logits": 3 * 4 * min(_CHUNK, rows * run.max_length) * config.vocab_size,
-        "Python, XLA": _RUNTIME,
+        "moving average": 4 * trained if run.ema else 0,
+        "weights of the reference": base if full and run.objective in _WITH_REFERENCE.get(run.method, ()) else 0,
+        "gradients": 4 * trained * (2 if run.accumulate > 1 else 1),
+        "weights, rounded for a step": width * trained if full and (width < 4 or run.method == "qat") else 0,
     }
-    available = _available()
-    total = sum(items.values())
-    return MemoryEstimate(items, available, _advice(run, items) if available is not None and total > available else "")
+    items = {name: size // shares for name, size in items.items()}
+    items |= _step_items(run, config, width, copies)
+    items["Python, XLA"] = _RUNTIME
+    return {name: size for name, size in items.items() if size}
 
 
-def _adapter_values(run: RunConfig, config: Any) -> int:
+_WITH_REFERENCE = {"dpo": ("preference",), "kto": ("kto",)}
+
+
+def _dtype(run: RunConfig) -> str:
+    if run.dtype != "auto":
+        return run.dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _base(run: RunConfig, config: configs.GemmaConfig, stored: int) -> int:
+    """Bytes of the model that an adapter is put on, or that preferences are compared with."""
+    if run.tuned != "qlora":
+        return fit.stored_bytes(config, _dtype(run))
+    if run.quantize == "keep":
+        return stored
+    bits = _BITS.get(str(run.quantize))
+    return int(config.num_parameters * (bits or 4.8) / 8)
+
+
+def _spread(run: RunConfig) -> tuple[int, int]:
+    """Into how many parts arrays that last are cut, and over how many copies of the model the rows are spread.
+
+    Devices that are simulated share the memory of the machine.
+    """
+    devices = jax.device_count()
+    if run.sharding == "none" or jax.default_backend() == "cpu":
+        return 1, 1
+    if run.sharding == "tensor":
+        return run.tensor, max(1, devices // run.tensor)
+    return (devices if run.sharding == "fsdp" else 1), devices
+
+
+def _adapter_values(run: RunConfig, config: configs.GemmaConfig) -> int:
+    """Numbers in an adapter: r * (inputs + outputs) of each layer that it is put on."""
     spec = LoRASpec(rank=run.rank, targets=run.targets or None)
-    names = {t.slots["flax"].name: [] for t in weights.tensors(config) if "flax" in t.slots and len(t.shape) == 2}
+    layers: dict[str, list[Any]] = {}
     for tensor in weights.tensors(config):
-        if "flax" in tensor.slots and tensor.slots["flax"].name in names:
-            names[tensor.slots["flax"].name].append(tensor)
-    count = 0
-    for name, members in names.items():
-        if spec.wants(name.removesuffix("/w")):
-            count += run.rank * (members[0].shape[1] + sum(tensor.shape[0] for tensor in members))
-    return count
+        if "flax" in tensor.slots and len(tensor.shape) == 2:
+            layers.setdefault(tensor.slots["flax"].name, []).append(tensor)
+    chosen = [members for name, members in layers.items() if spec.wants(name.removesuffix("/w"))]
+    return sum(run.rank * (members[0].shape[1] + sum(t.shape[0] for t in members)) for members in chosen)
 
 
-def _activations(run: RunConfig, config: Any, rows: int, width: int) -> int:
-    """Kept for the backward pass: a token's vectors in each layer, and the attention weights."""
+def _step_items(run: RunConfig, config: configs.GemmaConfig, width: int, copies: int) -> dict[str, int]:
+    """What exists while a step is computed."""
+    rows = -(-run.batch_size * (2 if run.objective == "preference" else 1) // copies)
     tokens = rows * run.max_length
-    heads = config.num_attention_heads
-    per_token = (8 * config.hidden_size + 4 * config.intermediate_size + 4 * heads * config.head_dim) * width
-    layer = tokens * per_token + 2 * 4 * rows * heads * run.max_length**2
+    layers = config.num_hidden_layers
+    one = tokens * _layer_values(config, run.max_length) * width
+    kept = tokens * config.hidden_size * width
+    if run.remat == "dots":
+        kept += tokens * _product_values(config) * width
+    chunk = min(default_chunk(), tokens)
+    if run.tuned == "full":
+        # The logits of a chunk, and a gradient of the table from the head and one from the embedding.
+        head = 4 * chunk * config.vocab_size + 4 * config.vocab_size * config.hidden_size
+    else:
+        head = 3 * 4 * chunk * (min(_BLOCK, config.vocab_size) if jax.default_backend() == "cpu" else config.vocab_size)
     if run.remat == "none":
-        return layer * config.num_hidden_layers
-    return layer + tokens * config.hidden_size * width * config.num_hidden_layers
+        return {"activations": layers * one, "logits of a chunk": head}
+    return {"activations, kept": layers * kept, "activations of one layer": int(1.3 * one), "logits of a chunk": head}
+
+
+def _layer_values(config: configs.GemmaConfig, length: int) -> int:
+    """Values per token that a layer leaves for its backward pass. Factors as measured, see above."""
+    heads = config.num_attention_heads
+    attention = 8 * heads * config.head_dim + 3 * heads * length
+    return 10 * config.hidden_size + 7 * config.intermediate_size + attention
+
+
+def _product_values(config: configs.GemmaConfig) -> int:
+    """Values per token of a layer's products with weights, which `remat="dots"` keeps."""
+    inner = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    return inner + 2 * config.intermediate_size + 2 * config.hidden_size
 
 
 def _available() -> int | None:
@@ -119,12 +196,43 @@ def _available() -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 
-def _advice(run: RunConfig, items: Mapping[str, int]) -> str:
-    worst = max(items, key=items.__getitem__)
-    ways = {
-        "weights": "train with method qlora, or in dtype bfloat16",
-        "activations": "a smaller batch_size (with accumulate), max_length, or remat block",
-        "logits": "a smaller batch_size",
-    }
-    way = ways.get(worst, "method lora instead of full" if run.tuned == "full" else "a smaller rank")
-    return f"does not fit: {worst} are the largest part; try {way}"
+# ---- what to change --------------------------------------------------------------------------------------------------
+
+
+def _ways(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes that need less memory, those that change the result least first."""
+    if run.remat != "block":
+        yield "remat block", dict(remat="block")
+    if run.batch_size > 1:
+        parts = run.batch_size * run.accumulate
+        yield f"batch_size 1 with accumulate {parts}", dict(batch_size=1, accumulate=parts)
+    if run.tuned == "lora":
+        yield ("method qlora" if run.method == "lora" else "tune qlora"), _tuned(run, "qlora")
+    if run.tuned == "full" and run.method != "qat":
+        yield ("method lora" if run.method == "full" else "tune lora"), _tuned(run, "lora")
+    if _dtype(run) == "float32" and run.tuned != "qlora":
+        yield "dtype bfloat16", dict(dtype="bfloat16")
+    if run.max_length > 128:
+        yield f"max_length {run.max_length // 2}", dict(max_length=run.max_length // 2)
+
+
+def _tuned(run: RunConfig, how: str) -> dict[str, Any]:
+    method = how if run.method in ("lora", "full") else run.method
+    return dict(method=method, tune=how, quantize="keep" if how == "qlora" else None)
+
+
+def _advice(run: RunConfig, items: Mapping[str, int], available: int, count: Any) -> str:
+    worst = max((name for name in items if name != "Python, XLA"), key=items.__getitem__)
+    begin = f"does not fit: {worst} ({fit.format_bytes(items[worst])}) take the most"
+    together: dict[str, Any] = {}
+    words = []
+    for way, changes in _ways(run):
+        alone = sum(count(dataclasses.replace(run, **changes)).values())
+        if alone <= available:
+            return f"{begin}; with {way} the run takes about {fit.format_bytes(alone)}"
+        together |= {name: value for name, value in changes.items() if name not in together}
+        words.append(way)
+        total = sum(count(dataclasses.replace(run, **together)).values())
+        if len(words) > 1 and total <= available:
+            return f"{begin}; with {', '.join(words)} the run takes about {fit.format_bytes(total)}"
+    return f"{begin}; no change of the settings makes it fit: use a smaller model or another machine"

@@ -94,6 +94,18 @@ def finetune(config: RunConfig, *, on_event: Event | None = None, dry_run: bool 
     if dry_run:
         return result
     _run_folder.begin(run, folder)
+    network, params, training = _train(run, base, data, steps, folder, tell)
+    result = dataclasses.replace(result, training=training)
+    if result.finished and jax.process_index() == 0:
+        done = _exported(run, base, network, params, folder, tell)
+        result = dataclasses.replace(result, exports=done)
+        _run_folder.card(run, base, result.report, training, done, folder)
+    tell("end", {"result": result})
+    return result
+
+
+def _train(run: RunConfig, base: Any, data: Any, steps: int, folder: Path, tell: Event) -> tuple[Any, Params, Result]:
+    """The network without parameters, the trained ones, and what the trainer says."""
     store = Checkpoints(
         folder / "checkpoints",
         keep=run.keep,
@@ -102,7 +114,7 @@ def finetune(config: RunConfig, *, on_event: Event | None = None, dry_run: bool 
     )
     with store:
         tell("loading", {"model": str(base.path)})
-        network = _run_model.build(run, base, images=data.images)
+        network = _run_model.build(run, base, images=data.images, chat=data.chat)
         trainer = Trainer(
             _objective(run, network.model, data.training),
             network.params,
@@ -112,21 +124,18 @@ def finetune(config: RunConfig, *, on_event: Event | None = None, dry_run: bool 
         )
         network = dataclasses.replace(network, params=None)  # the trainer has them now
         training = trainer.fit()
-        params = _chosen(run, store, training)
-    result = dataclasses.replace(result, training=training)
-    exports = []
-    if result.finished and jax.process_index() == 0:
+        return network, _chosen(run, store, training), training
 
-        def progress(what: str, done: int, total: int) -> None:
-            tell("progress", {"what": what, "done": done, "total": total})
 
-        for done in export(run, base, network, params, folder, progress):
-            exports.append(done)
-            tell("export", {"export": done})
-        _run_folder.card(run, base, result.report, training, exports, folder)
-    result = dataclasses.replace(result, exports=tuple(exports))
-    tell("end", {"result": result})
-    return result
+def _exported(run: RunConfig, base: Any, network: Any, params: Params, folder: Path, tell: Event) -> tuple[Export, ...]:
+    def progress(what: str, done: int, total: int) -> None:
+        tell("progress", {"what": what, "done": done, "total": total})
+
+    written = []
+    for done in export(run, base, network, params, folder, progress):
+        written.append(done)
+        tell("export", {"export": done})
+    return tuple(written)
 
 
 def _silent(name: str, values: Mapping[str, Any]) -> None:
@@ -161,7 +170,8 @@ def _trainer_options(run: RunConfig, base: Any, data: Any, steps: int, folder: P
         weight_decay=run.weight_decay,
         clip_norm=run.clip_norm,
     )
-    loggers = [Csv(folder / "metrics.csv"), Png(folder / "curves.png"), Samples(folder / "samples.jsonl")]
+    loggers = [Csv(folder / "metrics.csv"), Png(folder / "curves.png")]
+    loggers += [Samples(folder / "samples.jsonl")] if run.sample_prompts else []
     loggers += [TensorBoard(folder / "tensorboard")] if run.tensorboard else []
     return dict(
         optimizer=optimizer,

@@ -23,6 +23,9 @@ import numpy as np
 from gemma import adapters, peft, saving, weights
 from gemma import config as configs
 from gemma._atomic import publish
+from gemma._chat_jinja import jinja
+from gemma._tokenizer_write import chat_template
+from gemma.chat import format_for
 from gemma.checkpoint import TokenizerSource, load_tensors
 from gemma.errors import SaveError
 from gemma.finetuning import RunConfig
@@ -88,13 +91,18 @@ def export(
     answers = None
     if run.proof_logits and any(not kind.startswith("adapter") for kind in run.export):
         answers = functools.lru_cache(maxsize=1)(functools.partial(_answers, network.model, params))
-    file = peft.adapter_file(params, network.model, base_model=run.model) if run.tuned != "full" else None
+    file = None
+    if run.tuned != "full":
+        file = peft.adapter_file(params, network.model, base_model=run.model)
+        file = dataclasses.replace(file, chat=network.chat)
     for kind in run.export:
         if kind.startswith("adapter"):
             yield _adapter(kind, file, base, folder)
     with ckpts.open_checkpoint(base.path) as checkpoint:
         pairs = _merged(run, base, params, file, checkpoint)
         source = checkpoint.tokenizer_source()
+        if network.chat and chat_template(source) is None:  # a pretrained base has none; what it became speaks in turns
+            source = dataclasses.replace(source, template=jinja(format_for(base.tokenizer)))
         for kind in run.export:
             for name, format, options in _files(run, kind):
                 options["tokenizer"] = source
@@ -130,6 +138,8 @@ def _adapter(kind: str, file: adapters.AdapterFile, base: Base, folder: Path) ->
         found = adapters.open_adapter(staged, base.config)
         wrong = sorted(set(file.tensors) ^ set(found.tensors))
         wrong += [name for name, low in file.tensors.items() if name in found.tensors and not _same(low, found, name)]
+        if found.chat != file.chat:
+            wrong.append("the mark of a chat")
         if wrong:
             raise _not_proven(target, [f"{name}: is not what was trained" for name in wrong])
         size = _size(staged)

@@ -56,12 +56,17 @@ def _check_settings(run: RunConfig, folder: Path) -> None:
         saved = RunConfig.from_dict(finetuning.read_yaml(folder / SETTINGS), where=str(folder / SETTINGS))
     except ConfigError as error:
         raise TrainingError(f"{run.folder}: its settings cannot be read, give another output ({error})") from error
-    differences = files.differences(saved.fingerprint(), run.fingerprint())
+    # A folder belongs to one base: nothing in a checkpoint would tell another one of the same sizes.
+    differences = files.differences(_identity(saved), _identity(run))
     if differences:
         raise TrainingError(
             f"{run.folder}: holds a run with other settings ({'; '.join(differences[:8])}): go on with those of the run, "
             f"or give another output"
         )
+
+
+def _identity(run: RunConfig) -> dict[str, Any]:
+    return {"model": run.model, "adapter": run.adapter, **run.fingerprint()}
 
 
 def begin(run: RunConfig, folder: Path) -> None:

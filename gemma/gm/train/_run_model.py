@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma import adapters, hub, peft
 from gemma import config as configs
-from gemma import hub, peft
-from gemma.errors import ConfigError, TokenizerError, UnsupportedError
+from gemma.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedError, WeightsMismatch
 from gemma.finetuning import RunConfig
 from gemma.gm import ckpts, data, nn, sharding
 from gemma.gm.typing import Params
@@ -39,27 +39,36 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The loaders of a run: `evaluation` is None where nothing is held out; `images`: the batches hold pictures."""
+    """The loaders of a run.
+
+    Attributes:
+      training: without end.
+      evaluation: None where nothing is held out.
+      images: the batches hold pictures.
+      chat: the examples are turns in the model's chat template.
+    """
 
     training: data.Loader
     evaluation: data.Loader | None
     images: bool
+    chat: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network with all parameters, and which of them are trained (`gm.train.Trainer`'s argument)."""
+    """A network with all parameters, which of them are trained (`gm.train.Trainer`'s argument), and whether on turns."""
 
     model: Any
     params: Params
     trainable: Any
+    chat: bool = False
 
 
 def look(run: RunConfig) -> Base:
     """Finds the model of a run.
 
     Raises:
-      HubError, CheckpointError: it cannot be found or read.
+      HubError, CheckpointError: it cannot be found or read, or the adapter to go on from is another model's.
       UnsupportedError: it is no decoder. TokenizerError: it has no tokenizer.
     """
     path = hub.resolve(run.model)
@@ -74,7 +83,21 @@ def look(run: RunConfig) -> Base:
         raise ConfigError(
             f"max_length: {run.max_length} tokens, but {path.name} was made for {config.max_position_embeddings}"
         )
+    if run.adapter is not None:
+        _check_adapter(run.adapter, path, config)
     return Base(path, config, Tokenizer.from_source(source))
+
+
+def _check_adapter(adapter: str, path: Path, config: configs.GemmaConfig) -> None:
+    """Whether an adapter is one of this model's, before anything large is read; which base it had is seen later."""
+    try:
+        adapters.open_adapter(adapter, config)
+    except WeightsMismatch as error:
+        odd = [*error.unexpected, *error.misshaped] or [str(error)]
+        raise CheckpointError(
+            f"{adapter}: the adapter belongs to another model than {path.name}: {len(odd)} of its tensors have no place "
+            f"in it, the first is {odd[0]}"
+        ) from error
 
 
 def read(run: RunConfig, base: Base) -> Data:
@@ -83,7 +106,7 @@ def read(run: RunConfig, base: Base) -> Data:
     Raises:
       DataError: they cannot be used, or are not of the kind that the method learns from.
     """
-    options = dict(format=run.format, skip_bad=run.skip_bad, **dict(run.columns))
+    options = dict(format=run.format, sample_by=run.sample_by, skip_bad=run.skip_bad, **dict(run.columns))
     examples = data.read_examples(run.data, limit=run.limit, **options)
     _check_kind(run, examples)
     held = None
@@ -119,7 +142,14 @@ def read(run: RunConfig, base: Base) -> Data:
         own = dict(shuffle=False, epochs=1, buckets=training.buckets, shard=shard)
         evaluation = data.Loader(held, base.tokenizer, packing=run.packing, **own, **shared)
     images = size is not None and "images" in next(iter(training))
-    return Data(training, evaluation, images)
+    return Data(training, evaluation, images, _is_chat(run, examples))
+
+
+def _is_chat(run: RunConfig, examples: data.Examples) -> bool:
+    """Whether what is learnt is an answer in a chat; of a mixture of files, whether the first example is."""
+    if run.objective == "classification":
+        return run.template is None
+    return isinstance(examples[0], (data.Conversation, data.Preference, data.Rated))
 
 
 _WANTS = {
@@ -156,19 +186,18 @@ def strategy(run: RunConfig, base: Base) -> Any:
     return sharding.FSDPSharding() if run.sharding == "fsdp" else sharding.ReplicatedSharding()
 
 
-def build(run: RunConfig, base: Base, *, images: bool, labels: Any = None) -> Network:
+def build(run: RunConfig, base: Base, *, images: bool, chat: bool = False) -> Network:
     """Reads the weights and puts on what is trained.
 
     Args:
       run: resolved.
       base: of `look`.
       images: keep the vision tower.
-      labels: not used for generation; of a classification, for the objective.
+      chat: what is learnt are turns in the chat template.
 
     Raises:
       GemmaError: weights or an adapter that do not fit.
     """
-    del labels
     dtype = compute_dtype(run)
     config = base.config if images else configs.text_only(base.config)
     net: Any = nn.Transformer.from_config(config, dtype=jnp.dtype(dtype))
@@ -180,10 +209,10 @@ def build(run: RunConfig, base: Base, *, images: bool, labels: Any = None) -> Ne
         net = nn.QuantizationAwareWrapper(method=run.quantize, model=net)
     if run.tuned == "full":
         # A vision tower keeps what it sees: its weights are frozen, as when the family itself is tuned.
-        return Network(net, params, lambda name, leaf: not name.startswith("vision_encoder"))
+        return Network(net, params, lambda name, leaf: not name.startswith("vision_encoder"), chat)
     if run.adapter is not None:
         adapter = peft.load_adapter(run.adapter, net, params, dtype="float32")
-        return Network(adapter.model, peft.merge_params(params, adapter.lora), "lora")
+        return Network(adapter.model, peft.merge_params(params, adapter.lora), "lora", chat)
     model = nn.LoRA(
         rank=run.rank,
         alpha=run.alpha,
@@ -194,7 +223,7 @@ def build(run: RunConfig, base: Base, *, images: bool, labels: Any = None) -> Ne
         dtype=jnp.float32,
         model=net,
     )
-    return Network(model, peft.merge_params(params, fresh_adapter(model, run.seed)), "lora")
+    return Network(model, peft.merge_params(params, fresh_adapter(model, run.seed)), "lora", chat)
 
 
 def fresh_adapter(model: Any, seed: int) -> Params:

@@ -55,8 +55,11 @@ def prepare(
             f"uint8 pictures of any size, or use gm.vision.load_images"
         )
     images = jnp.asarray(images)
-    if not isinstance(images, jax.core.Tracer) and not bool(jnp.all(jnp.abs(images) <= 1 + _SLACK)):  # NaN is refused
-        raise PromptError("images: floats must be in -1..1 (normalized); for 0..255 pass uint8")
+    if not isinstance(images, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():  # known pictures inside of a program that is being traced
+            inside = bool(jnp.all(jnp.abs(images) <= 1 + _SLACK))  # NaN is refused
+        if not inside:
+            raise PromptError("images: floats must be in -1..1 (normalized); for 0..255 pass uint8")
     return images.astype(jnp.float32)
 
 
