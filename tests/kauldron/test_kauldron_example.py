@@ -39,6 +39,7 @@ def test_the_example_trains(config, tmp_path):
     for ds in (config.train_ds, config.evals.sampling.ds):
         ds.transforms[0].tokenizer = bytewise
     config.workdir, config.num_train_steps = str(tmp_path / "run"), 2
+    config.checkpointer.save_interval_steps = 2
     config.evals.sampling.run = kauldron_tiny.kd.evals.EveryNSteps(2)
     state, _ = konfig.resolve(config).train()
     assert int(state.step) == 3  # kauldron's loop ends with step number 2, and updates after it

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import kauldron_tiny
 import numpy as np
+import optax
 import pytest
 from kauldron import kd, konfig
 
@@ -238,7 +239,10 @@ def test_the_command_line_trains_over_two_devices(finetuned, tmp_path, rows, che
     folder = work / "checkpoints" / "ckpt_2"
     assert "devices" in (folder / "default" / "_sharding").read_text()  # it was cut up
     alone = gm.ckpts.load_params(finetuned[0] / "checkpoints" / "ckpt_2")
-    assert most_apart(gm.ckpts.load_params(folder), alone) < 1e-4  # of two updates of 3e-3; sums are in another order
+    difference = jax.tree.map(jnp.subtract, gm.ckpts.load_params(folder), alone)
+    update = jax.tree.map(jnp.subtract, alone, kauldron_tiny.params_of())
+    # Sums are in another order; adam makes whole updates of the smallest gradients, so single numbers may differ.
+    assert float(optax.global_norm(difference)) < 2e-3 * float(optax.global_norm(update))
     placed = gm.ckpts.load_params(folder, sharding=kd.sharding.FSDPSharding())
     assert same(placed, gm.ckpts.load_params(folder))
 
@@ -262,10 +266,12 @@ def test_quantization_aware_training(tmp_path, rows, checkpoint):
     assert losses[-1] < losses[0]
     model = gm.nn.IntWrapper(model=kauldron_tiny.TinyGemma(), dtype=jnp.int8)
     params = peft.quantize(state.params, method="INT8", config=kauldron_tiny.CONFIG)
+    table = state.params["embedder"]["input_embedding"]  # floats in that tree, but trained for its rounding, too
+    params["embedder"]["input_embedding"] = peft.simulate_quantize(table, "INT8", axis_to_reduce=1)
     tokens = jnp.asarray(trainer.train_ds[0]["input"])
     trained = trainer.model.apply({"params": state.params}, tokens).logits
     shipped = model.apply({"params": params}, tokens).logits
-    assert float(jnp.abs(trained - shipped).max()) < 2e-3 * float(jnp.abs(trained).max())
+    assert float(jnp.abs(trained - shipped).max()) < 1e-5 * float(jnp.abs(trained).max())
 
 
 def test_a_wrong_checkpoint_is_an_error_of_ours(tmp_path, rows):

@@ -23,6 +23,7 @@ TINY = {
     "EveryNSteps(20)": "EveryNSteps(2)",
     "max_length=64": "max_length=80",
     "num_batches=2,": "num_batches=2, cache_length=128, pad_length=64,",
+    "save_interval_steps=60": "save_interval_steps=2",
     "ckpt_60": "ckpt_2",
     "step=60": "step=2",
     "tokenizer=doubles.ByteTokenizer())\n": "tokenizer=doubles.ByteTokenizer(), cache_length=512)\n",
@@ -43,6 +44,7 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
         for old, new in TINY.items():
             used |= {old} if old in code else set()
             code = code.replace(old, new)
+        code = code.replace('"/tmp/', f'"{tmp_path}/')
         line = text.count("\n", 0, block.start()) + 1
         exec(compile("\n" * line + code, str(PAGE), "exec"), names)  # errors name about the line of the page
     assert used == set(TINY)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer forgets is really forgotten, in the program as compiled, and comes back as it was."""
+"""What a layer forgets is really forgotten in the compiled program, and is the same when it is computed again."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LAYERS, WIDTH, WIDER, TOKENS = 6, 128, 1024, 64  # products over 128 values and 
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, mask):
-        first = self.param("first", nn.initializers.normal(0.1), (WIDTH, WIDER))
-        second = self.param("second", nn.initializers.normal(0.1), (WIDER, WIDTH))
+        first = self.param("first", nn.initializers.normal(0.03), (WIDTH, WIDER))
+        second = self.param("second", nn.initializers.normal(0.03), (WIDER, WIDTH))
         inner = x @ first
         inner = jnp.tanh(inner) * jnp.cos(inner) + jnp.sin(inner)
         inner = nn.Dropout(0.3)(inner, deterministic=False)
@@ -80,5 +80,4 @@ def test_forgetting_frees_memory(compiled):
     one = 2 * TOKENS * WIDER * 4  # bytes of one wide activation
     none, block, dots = (compiled[how][2] for how in ("none", "block", "dots"))
     assert none > LAYERS * 2 * one
-    assert dots < none - LAYERS * 0.5 * one
-    assert block < 8 * one  # of one layer at a time
+    assert max(block, dots) < 0.6 * none and block <= dots

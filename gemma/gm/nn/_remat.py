@@ -97,6 +97,9 @@ def _backwards(call: Callable[..., Any], policy: Policy | None, kept: _Kept, ups
     late = jnp.where(jnp.isnan(first), first, 0)
 
     def tied(leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # what dropout draws is as large as what it drops
+            data = jax.random.key_data(leaf) + jnp.any(jnp.isnan(first)).astype(jnp.uint32)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.shape[:2] != late.shape:
             return leaf  # a weight, which every layer has of its own, or a mask
         return leaf + late.reshape(*late.shape, *(1,) * (leaf.ndim - 2)).astype(leaf.dtype)
