@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import kauldron_tiny
 import pytest
 
-from gemma import gm
+from gemma import gm, testing
 
 pytestmark = [pytest.mark.kauldron, pytest.mark.filterwarnings("default")]
 
@@ -47,6 +47,7 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
         code = code.replace('"/tmp/', f'"{tmp_path}/')
         line = text.count("\n", 0, block.start()) + 1
         exec(compile("\n" * line + code, str(PAGE), "exec"), names)  # errors name about the line of the page
+        names["doubles"] = testing  # for text in the first block only, as `gm` on the page
     assert used == set(TINY)
     assert (tmp_path / "my-adapter/adapter_config.json").is_file()
     kept = jax.tree.leaves(gm.ckpts.load_params("colours/checkpoints/ckpt_2"))

@@ -39,7 +39,7 @@ def started(script, devices: int, *arguments, **options) -> subprocess.Popen:
 def output(process: subprocess.Popen, seconds: int = 500) -> list[str]:
     out, error = process.communicate(timeout=seconds)
     assert process.returncode == 0, error[-3000:]
-    return out.splitlines()
+    return [line for line in out.splitlines() if not line.startswith("[Gloo]")]
 
 
 def check_losses(lines: list[str], names: list[str]) -> None:

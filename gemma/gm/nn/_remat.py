@@ -100,9 +100,14 @@ def _backwards(call: Callable[..., Any], policy: Policy | None, kept: _Kept, ups
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # what dropout draws is as large as what it drops
             data = jax.random.key_data(leaf) + jnp.any(jnp.isnan(first)).astype(jnp.uint32)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.shape[:2] != late.shape:
-            return leaf  # a weight, which every layer has of its own, or a mask
-        return leaf + late.reshape(*late.shape, *(1,) * (leaf.ndim - 2)).astype(leaf.dtype)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf  # a mask
+        at = next((i for i in range(leaf.ndim - 1) if leaf.shape[i : i + 2] == late.shape), None)
+        if at is not None:
+            return leaf + late.reshape(*(1,) * at, *late.shape, *(1,) * (leaf.ndim - 2 - at)).astype(leaf.dtype)
+        if leaf.ndim and leaf.shape[0] == late.size:  # a product that is kept, with B and T in one axis
+            return leaf + late.reshape(-1, *(1,) * (leaf.ndim - 1)).astype(leaf.dtype)
+        return leaf  # a weight, which every layer has of its own
 
     grads = iter(jax.tree.map(tied, kept.back)(upstream)[0])
     return (jax.tree.unflatten(kept.tree, [next(grads) if w else None for w in kept.wanted]),)

@@ -2,7 +2,7 @@
 """Memory that a run needs, counted from its settings and the header of its checkpoint; no weights are read.
 
 Arrays that last are counted exactly. What exists during a step (`_step_items`) is a formula whose factors come from the
-buffers that XLA's compiler for CPUs assigns; it is within 20 % of them on the shapes that were tried, and an upper
+buffers that XLA's compiler for CPUs assigns; it is within 10 % of them on the shapes that were tried, and an upper
 estimate on accelerators, whose compilers fuse more. Inference is `gemma/fit.py`. Axis letters: N heads, H width of a
 head, K key/value heads, D width of the model, F of the MLP, V ids, T tokens of a row.
 """
@@ -23,7 +23,7 @@ from gemma.gm.losses._chunked import default_chunk
 from gemma.peft import LoRASpec
 
 _RUNTIME = 800_000_000  # Python, JAX, a tokenizer, compiled programs; most of it is the compiler's
-_BLOCK = 8192  # rows of the table whose logits exist at once where the head is not trained (CPU)
+_BLOCK = 4096  # rows of a table that is not trained whose logits exist at once on a CPU, see gm.losses
 _BITS = {"int4": 4.5, "int8": 8.5, "sfp8": 8.0}
 
 
@@ -156,35 +156,47 @@ def _adapter_values(run: RunConfig, config: configs.GemmaConfig) -> int:
 
 def _step_items(run: RunConfig, config: configs.GemmaConfig, width: int, copies: int) -> dict[str, int]:
     """What exists while a step is computed."""
-    rows = -(-run.batch_size * (2 if run.objective == "preference" else 1) // copies)
-    tokens = rows * run.max_length
-    layers = config.num_hidden_layers
-    one = tokens * _layer_values(config, run.max_length) * width
+    tokens = -(-run.batch_size * (2 if run.objective == "preference" else 1) // copies) * run.max_length
+    layers, full, cpu = config.num_hidden_layers, run.tuned == "full", jax.default_backend() == "cpu"
+    one = int(tokens * _layer_values(config, run.max_length) * width * (_FULL if full else 1))
     kept = tokens * config.hidden_size * width
     if run.remat == "dots":
-        kept += tokens * _product_values(config) * width
+        kept += int(0.9 * tokens * _product_values(config) * width)
     chunk = min(default_chunk(), tokens)
-    if run.tuned == "full":
+    if full:
         # The logits of a chunk, and a gradient of the table from the head and one from the embedding.
         head = 4 * chunk * config.vocab_size + 4 * config.vocab_size * config.hidden_size
     else:
-        head = 3 * 4 * chunk * (min(_BLOCK, config.vocab_size) if jax.default_backend() == "cpu" else config.vocab_size)
+        head = 3 * 4 * chunk * (min(_BLOCK, config.vocab_size) if cpu else config.vocab_size)
+    items = {"logits of a chunk": head, "weights in other orders": layers * _reordered(config) * width if cpu else 0}
     if run.remat == "none":
-        return {"activations": layers * one, "logits of a chunk": head}
-    return {"activations, kept": layers * kept, "activations of one layer": int(1.3 * one), "logits of a chunk": head}
+        return {"activations": layers * one, **items}
+    return {"activations, kept": layers * kept, "activations of one layer": int(_AGAIN[run.remat] * one), **items}
+
+
+# Factors of the following: values of the buffers that XLA assigns on a CPU to Gemma 2 2B, Gemma 3 270M and 1B, fitted.
+_FULL = 0.8  # without the products of adapters
+_AGAIN = {"block": 1.1, "dots": 0.75}  # of a layer that is computed a second time, what exists at once
 
 
 def _layer_values(config: configs.GemmaConfig, length: int) -> int:
-    """Values per token that a layer leaves for its backward pass. Factors as measured, see above."""
+    """Values per token that a layer with adapters leaves for its backward pass."""
     heads = config.num_attention_heads
-    attention = 8 * heads * config.head_dim + 3 * heads * length
-    return 10 * config.hidden_size + 7 * config.intermediate_size + attention
+    attention = int(7.5 * heads * config.head_dim) + 4 * heads * length
+    return 5 * config.hidden_size + 7 * config.intermediate_size + attention
 
 
 def _product_values(config: configs.GemmaConfig) -> int:
     """Values per token of a layer's products with weights, which `remat="dots"` keeps."""
     inner = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     return inner + 2 * config.intermediate_size + 2 * config.hidden_size
+
+
+def _reordered(config: configs.GemmaConfig) -> int:
+    """Values of a layer's weights that XLA copies into the order of axes in which it multiplies."""
+    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * config.hidden_size
+    gating = 0 if config.transpose_gating_einsum else 2 * config.intermediate_size * config.hidden_size
+    return 2 * attention + gating
 
 
 def _available() -> int | None:

@@ -88,7 +88,7 @@ def finetune(config: RunConfig, *, on_event: Event | None = None, dry_run: bool 
     data = _run_model.read(run, base)
     steps = _steps(run, data.training.steps_per_epoch)
     tell("data", {"report": data.training.report, "steps": steps, "problems": data.training.examples.problems})
-    memory = estimate_memory(run)
+    memory = estimate_memory(run, images=data.images)
     tell("memory", {"estimate": memory})
     result = RunResult(run, folder, data.training.report, memory, steps)
     if dry_run:
