@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma import weights
 from gemma._atomic import atomic_file
-from gemma.adapters import CHAT, CHECKSUM, AdapterFile, LowRank, says_chat
+from gemma.adapters import CHECKSUM, AdapterFile, LowRank, describes, read_classification, says_chat
 from gemma.checkpoint import GgufCheckpoint, open_checkpoint
 from gemma.errors import CheckpointError, UnsupportedError, WeightsMismatch
 from gemma.formats.gguf_metadata import architecture_of
@@ -58,8 +58,15 @@ def read(path: Path, config: Any) -> AdapterFile:
             # as llama.cpp does: without an alpha, the factors stand as they are
             tensors[names[key].name] = LowRank(a, b, alpha / a.shape[0] if alpha else 1.0)
         text = {key: str(opened.metadata.get(key, "")) for key in (CHECKSUM, _BASE)}
-        chat = says_chat(opened.metadata)
-    return AdapterFile(tensors, base_model=text[_BASE], base_checksum=text[CHECKSUM], path=path, chat=chat)
+        chat, classification = says_chat(opened.metadata), read_classification(opened.metadata, path)
+    return AdapterFile(
+        tensors,
+        base_model=text[_BASE],
+        base_checksum=text[CHECKSUM],
+        path=path,
+        chat=chat,
+        classification=classification,
+    )
 
 
 def write(path: Path, adapter: AdapterFile, config: Any, table: Mapping[str, weights.Tensor], *, replace: bool) -> None:
@@ -91,7 +98,7 @@ def write(path: Path, adapter: AdapterFile, config: Any, table: Mapping[str, wei
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
-    metadata |= {CHAT: "true"} if adapter.chat else {}
+    metadata |= describes(adapter)
     metadata |= {key: text for key, text in ((CHECKSUM, adapter.base_checksum), (_BASE, adapter.base_model)) if text}
     specs = [TensorSpec(key, QuantType.F32, array.shape) for key, array in arrays.items()]
     with atomic_file(path, replace=replace) as file:

@@ -24,7 +24,7 @@ import numpy as np
 from gemma import weights
 from gemma._atomic import atomic_folder
 from gemma._hf_json import read_object
-from gemma.adapters import CHAT, CHECKSUM, AdapterFile, LowRank, says_chat
+from gemma.adapters import CHECKSUM, AdapterFile, LowRank, describes, read_classification, says_chat
 from gemma.checkpoint import open_checkpoint
 from gemma.errors import CheckpointError, CheckpointNotFound, FormatError, UnsupportedError, WeightsMismatch
 from gemma.formats.safetensors import write_safetensors
@@ -66,6 +66,7 @@ def read(path: Path, config: Any) -> AdapterFile:
             tensors[name] = _low_rank(arrays, module, settings, file, name)
         head = _head(opened, config, settings, file)
         checksum, chat = str(opened.metadata.get(CHECKSUM, "")), says_chat(opened.metadata)
+        classification = read_classification(opened.metadata, file)
     tied = settings.flag("ensure_weight_tying") or "embed" not in tensors
     if head is not None:
         own = tensors.get("embed")
@@ -83,6 +84,7 @@ def read(path: Path, config: Any) -> AdapterFile:
         base_checksum=checksum,
         path=path,
         chat=chat,
+        classification=classification,
     )
 
 
@@ -226,7 +228,7 @@ def write(path: Path, adapter: AdapterFile, config: Any, table: Mapping[str, wei
         if low.magnitude is not None:
             arrays[f"{key}lora_magnitude_vector"] = low.magnitude
     metadata = {"format": "pt"} | ({CHECKSUM: adapter.base_checksum} if adapter.base_checksum else {})
-    metadata |= {CHAT: "true"} if adapter.chat else {}
+    metadata |= describes(adapter)
     settings = json.dumps(_config(adapter, modules, config), indent=2, sort_keys=True)
     with atomic_folder(path, replace=replace, manifest=False) as folder:
         (folder / CONFIG).write_text(settings + "\n", encoding="utf-8")

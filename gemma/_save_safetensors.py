@@ -104,7 +104,26 @@ def _beside(job: Job) -> dict[str, bytes]:
         file = Path(tokenizer.path).parent / name
         if file.is_file() and file.stat().st_size <= _LARGEST:
             files[name] = file.read_bytes()
+    if _GENERATION in files:
+        files[_GENERATION] = _ending(files[_GENERATION], job.config)
     return files
+
+
+def _ending(text: bytes, config: Any) -> bytes:
+    """A generation configuration that ends where the model does: one that learnt to speak in turns ends them."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return text
+    ends = getattr(config, "end_token_ids", ())
+    if not isinstance(values, dict) or "eos_token_id" not in values:
+        return text
+    known = values["eos_token_id"]
+    known = known if isinstance(known, list) else [known]
+    if set(ends) <= set(known):
+        return text
+    values["eos_token_id"] = [*known, *(i for i in ends if i not in known)]
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _processor(config: GemmaConfig | PaliGemmaConfig) -> dict[str, dict[str, Any]]:

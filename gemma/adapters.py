@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,10 +24,11 @@ import ml_dtypes
 import numpy as np
 
 from gemma import weights
-from gemma.errors import CheckpointError, ConfigError, UnsupportedError, WeightsMismatch
+from gemma.errors import CheckpointError, ConfigError, FormatError, UnsupportedError, WeightsMismatch
 
 _SAMPLES = 64  # values of each tensor that the checksum of a base looks at
-CHECKSUM, CHAT = "gemmakit.base_checksum", "gemmakit.chat"  # keys of a file's metadata
+# Keys of a file's metadata.
+CHECKSUM, CHAT, CLASSIFICATION = "gemmakit.base_checksum", "gemmakit.chat", "gemmakit.classification"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,6 +70,19 @@ class LowRank:
         return moved * factor[:, None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """What an adapter was trained to tell apart.
+
+    Attributes:
+      labels: (label, the text of one token that stands for it) pairs, in the order of training.
+      template: the text that a label follows, with `{text}` in it; None: a turn of a chat.
+    """
+
+    labels: tuple[tuple[str, str], ...]
+    template: str | None = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterFile:
     """An adapter as a file describes it.
@@ -81,6 +96,7 @@ class AdapterFile:
       base_checksum: of the tensors that it changes, as `checksum` computes it; "" if it does not say.
       path: of the file or folder; None for one that was made in memory.
       chat: it was trained on turns in the model's chat template, and is to be spoken to in it.
+      classification: the labels that it was trained on; None: it was trained on something else, or does not say.
     """
 
     tensors: Mapping[str, LowRank]
@@ -91,6 +107,7 @@ class AdapterFile:
     base_checksum: str = ""
     path: Path | None = None
     chat: bool = False
+    classification: Classification | None = None
 
     @property
     def use_dora(self) -> bool:
@@ -174,6 +191,20 @@ def open_adapter(path: str | os.PathLike[str], config: Any) -> AdapterFile:
 
 def is_chat(path: str | os.PathLike[str]) -> bool:
     """Whether an adapter's file says that it was trained on turns in a chat template; False where it cannot be read."""
+    return says_chat(_metadata(path))
+
+
+def classification_of(path: str | os.PathLike[str]) -> Classification | None:
+    """`AdapterFile.classification` of a file, without its tensors; None where it cannot be read.
+
+    Raises:
+      FormatError: what it says of its labels is damaged.
+    """
+    return read_classification(_metadata(path), path)
+
+
+def _metadata(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Of an adapter's file; none where it cannot be read: what is wrong with it is said when its tensors are."""
     from gemma import _adapter_peft
     from gemma.checkpoint import open_checkpoint
 
@@ -181,14 +212,43 @@ def is_chat(path: str | os.PathLike[str]) -> bool:
     file = path / _adapter_peft.WEIGHTS if path.is_dir() else path
     try:
         with open_checkpoint(file) as opened:
-            return says_chat(opened.metadata)
+            return dict(opened.metadata)
     except CheckpointError:
-        return False
+        return {}
 
 
 def says_chat(metadata: Mapping[str, Any]) -> bool:
     """`AdapterFile.chat` of a file's metadata."""
     return str(metadata.get(CHAT, "")) == "true"
+
+
+def read_classification(metadata: Mapping[str, Any], path: str | os.PathLike[str]) -> Classification | None:
+    """`AdapterFile.classification` of a file's metadata; `path` is for the message.
+
+    Raises:
+      FormatError: it is damaged.
+    """
+    if CLASSIFICATION not in metadata:
+        return None
+    try:
+        found = json.loads(str(metadata[CLASSIFICATION]))
+    except (ValueError, RecursionError):
+        found = None
+    labels, template = (found.get("labels"), found.get("template")) if isinstance(found, dict) else (None, None)
+    good = isinstance(labels, dict) and len(labels) > 1 and all(isinstance(text, str) for text in labels.values())
+    if not good or not (template is None or (isinstance(template, str) and "{text}" in template)):
+        rule = 'expected JSON {"labels": {name: text, ...}, "template": text with {text}, or null}'
+        raise FormatError(path, None, f"{CLASSIFICATION}: {rule}, got {str(metadata[CLASSIFICATION])!r:.80}")
+    return Classification(tuple(labels.items()), template)
+
+
+def describes(adapter: AdapterFile) -> dict[str, str]:
+    """What `says_chat` and `read_classification` read, for the metadata of a file."""
+    said = {CHAT: "true"} if adapter.chat else {}
+    if adapter.classification is not None:
+        value = {"labels": dict(adapter.classification.labels), "template": adapter.classification.template}
+        said[CLASSIFICATION] = json.dumps(value)  # not sorted: the order of labels is that of training
+    return said
 
 
 def save_adapter_file(

@@ -76,9 +76,11 @@ class RunConfig:
       seed: of everything that is random.
       eval_every: steps between evaluations; left out: at the end.
       early_stop: end after so many of them without a better loss, and export the best.
-      sample_prompts: continued at each evaluation, and printed.
+      sample_prompts: continued at each evaluation, and printed; of data that are chats, what a user says, which is
+        answered.
       log_every: steps between lines.
-      save_every: steps between checkpoints; left out: as `eval_every`, and at the end.
+      save_every: steps between checkpoints; left out: as `eval_every`, and at the end. With `early_stop` also at each
+        evaluation that is the best so far.
       keep: so many checkpoints.
       resume: go on from the newest checkpoint of the folder; false: refuse a folder that holds a run.
       export: any of adapter, adapter-gguf, merged, gguf, and of qat "quantized": the file whose grid was trained on.
@@ -198,8 +200,8 @@ class RunConfig:
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint of a run must have in common with the run that goes on from it.
 
-        Files are known by their content there, not by their names: the data by the loader's state. How long the run is
-        and what it reports may change.
+        Files are known by their content there, not by their names: the data by the loader's state. How long the run is,
+        what it reports, and the devices and memory that it uses may change.
         """
         return {name: value for name, value in self.resolved().to_dict().items() if name not in _MAY_CHANGE}
 
@@ -256,7 +258,8 @@ _OBJECTIVES = {"classification": "classification"}
 _FILES = frozenset(["data", "eval_data", "sample_by", "model", "adapter", "output"])
 _LENGTH = frozenset(["steps", "epochs", "eval_every", "early_stop", "save_every", "keep", "skip_bad", "resume"])
 _REPORTS = frozenset(["log_every", "sample_prompts", "tensorboard", "export", "gguf", "merged_dtype", "proof_logits"])
-_MAY_CHANGE = _FILES | _LENGTH | _REPORTS
+_MACHINE = frozenset(["remat", "sharding", "tensor"])  # a run may go on elsewhere, or in less memory
+_MAY_CHANGE = _FILES | _LENGTH | _REPORTS | _MACHINE
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

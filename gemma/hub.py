@@ -40,6 +40,7 @@ from gemma.errors import CheckpointNotFound, ConfigError, HubError
 DEMO = "demo"
 DIGITS = "digits"  # the small PaliGemma that lies beside this module
 DEMO_FILE = "gemma-3-270m-q4_k_m.gguf"
+DEMO_REPOSITORY = "google/gemma-3-270m"  # the same model as published; what adapters of the demo name as their base
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 DEMO_TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 

@@ -14,16 +14,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma.errors import ConfigError, ContextFull
+from gemma.errors import ConfigError, DataError, GemmaError
 
 METRICS = ("auto", "accuracy", "exact_match")
 _SHOWN = 160  # characters of an answer in a report
 _LISTED = 5
+_Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What to measure. `labels` and `template` are of a classification, see `gm.data.Loader`."""
+    """What to measure. `labels` and `template` are of a classification, see `gm.data.Loader`; without both, those that
+    the adapter was trained on count, else the labels of the data."""
 
     model: str
     path: Path
@@ -41,7 +43,7 @@ class Asked:
 
 
 def measure(asked: Asked, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-    """The share that is right, with its standard error, as JSON has it.
+    """The share that is right, with its interval of 95 %, as JSON has it.
 
     Raises:
       DataError: the examples cannot be read. ConfigError: they are not of a kind that the metric is for.
@@ -58,7 +60,34 @@ def measure(asked: Asked, progress: Callable[[str, int, int], None]) -> dict[str
         raise ConfigError(f"--metric: {metric} needs {needs}; these rows are of format {examples.format}")
     found = (_accuracy if metric == "accuracy" else _exact_match)(asked, examples, progress)
     n, share = len(examples), found[metric]
-    return {"metric": metric, "examples": n, "error": math.sqrt(share * (1 - share) / n), **found}
+    right = round(share * n)
+    return {"metric": metric, "examples": n, "right": right, "interval": list(wilson(right, n)), **found}
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share by Wilson's score: unlike share +- error, it says of 6 right out of 6 how little
+    that proves."""
+    share, spread = right / n, _Z * _Z / n
+    center = share + spread / 2
+    half = _Z * math.sqrt((share * (1 - share) + spread / 4) / n)
+    return max(0.0, (center - half) / (1 + spread)), min(1.0, (center + half) / (1 + spread))
+
+
+def _labels(asked: Asked) -> tuple[dict[str, str] | None, str | None, str]:
+    """Labels (None: those of the data), template, and where they are from.
+
+    An adapter is measured on the labels that it was trained on: a file with other ones, or without one of them, would
+    set it another task and give another number.
+    """
+    if asked.labels or asked.template is not None:
+        return dict(asked.labels) or None, asked.template, "--label" if asked.labels else "the data"
+    if asked.adapter is not None:
+        from gemma.adapters import classification_of
+
+        told = classification_of(asked.adapter)
+        if told is not None:
+            return dict(told.labels), told.template, "the adapter"
+    return None, None, "the data"
 
 
 def _accuracy(asked: Asked, examples: Any, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -68,6 +97,7 @@ def _accuracy(asked: Asked, examples: Any, progress: Callable[[str, int, int], N
     from gemma.gm.text import load_model
 
     progress("loading", 0, 1)
+    labels, template, source = _labels(asked)
     loaded = load_model(asked.path, adapter=asked.adapter)
     if loaded.tokenizer is None:
         raise no_tokenizer(asked.path)
@@ -79,8 +109,8 @@ def _accuracy(asked: Asked, examples: Any, progress: Callable[[str, int, int], N
         shuffle=False,
         epochs=1,
         truncate="error",
-        labels=dict(asked.labels) or None,
-        template=asked.template,
+        labels=labels,
+        template=template,
     )
     total = loader.steps_per_epoch
 
@@ -95,7 +125,8 @@ def _accuracy(asked: Asked, examples: Any, progress: Callable[[str, int, int], N
     return {
         "accuracy": scores["accuracy"],
         "nll": scores["loss"],
-        "labels": dict(counts),
+        "labels": {name: counts[name] for name in loader.labels},
+        "labels_from": source,
         "commonest": commonest,
         "commonest_share": often / len(examples),
     }
@@ -112,12 +143,10 @@ def _exact_match(asked: Asked, examples: Any, progress: Callable[[str, int, int]
     ends = chat.end_token_ids(opened.tokenizer, opened.config)
     params = SamplingParams(max_new_tokens=asked.max_new_tokens, seed=0)
     most = opened.config.max_position_embeddings
+    questions = _questions(asked, examples, opened.tokenizer, most)
     opened.model.begin(min(most, asked.max_length + asked.max_new_tokens))
     right, alike, wrong = 0, 0, []
-    for number, example in enumerate(examples):
-        ids, expected = question(example, opened.tokenizer)
-        if len(ids) > min(asked.max_length, most - asked.max_new_tokens):
-            raise ContextFull(len(ids) + asked.max_new_tokens, min(most, asked.max_length + asked.max_new_tokens))
+    for number, (ids, expected) in enumerate(questions):
         said = "".join(Generation(opened, ids, params, ends, show_special=False)).strip()
         right += said == expected
         alike += plain(said) == plain(expected)
@@ -126,6 +155,32 @@ def _exact_match(asked: Asked, examples: Any, progress: Callable[[str, int, int]
         progress("answering", number + 1, len(examples))
     n = len(examples)
     return {"exact_match": right / n, "same_words": alike / n, "wrong": wrong}
+
+
+def _questions(asked: Asked, examples: Any, tokenizer: Any, most: int) -> list[tuple[list[int], str]]:
+    """`question` of every row; what is too long is said before the first answer, not after an hour of them.
+
+    Args:
+      most: positions of the model.
+    """
+    room = min(asked.max_length, most - asked.max_new_tokens)
+    found = []
+    for number, example in enumerate(examples):
+        try:
+            found.append(question(example, tokenizer))
+        except GemmaError as error:
+            raise DataError(f"{examples.where(number)}: {error}") from None
+    long = [number for number, (ids, _) in enumerate(found) if len(ids) > room]
+    if long:
+        lengths = [len(found[number][0]) for number in long]
+        advice = f"raise --context to {max(lengths)}"
+        if max(lengths) + asked.max_new_tokens > most:
+            advice = f"the model has {most} positions, {asked.max_new_tokens} of them for the answer (--max-new-tokens)"
+        raise DataError(
+            f"{examples.where(long[0])}: {lengths[0]} tokens, but there is room for {max(room, 0)}; {len(long)} of "
+            f"{len(found)} rows are too long, the longest has {max(lengths)}: {advice}, or leave such rows out"
+        )
+    return found
 
 
 def question(example: Any, tokenizer: Any) -> tuple[list[int], str]:
@@ -152,10 +207,13 @@ def page(data: dict[str, Any]) -> str:
     rows = [("model", data["model"]), ("data", f"{data['data']}, {data['examples']} examples")]
     if data["adapter"]:
         rows.insert(1, ("adapter", data["adapter"]))
-    rows.append((metric.replace("_", " "), f"{data[metric]:.2%} +- {data['error']:.2%}"))
+    low, high = (100 * end for end in data["interval"])
+    share = f"{100 * data[metric]:.1f} % ({low:.1f} to {high:.1f} %), {data['right']} of {data['examples']}"
+    rows.append((metric.replace("_", " "), share))
     if metric == "accuracy":
-        rows.append(("always", f"{data['commonest']!r} would be right at {data['commonest_share']:.2%}"))
+        rows.append(("labels", f"{', '.join(map(repr, data['labels']))}, of {data['labels_from']}"))
+        rows.append(("always", f"{data['commonest']!r} would be right at {100 * data['commonest_share']:.1f} %"))
     else:
-        rows.append(("same words", f"{data['same_words']:.2%}, where case and punctuation do not count"))
+        rows.append(("same words", f"{100 * data['same_words']:.1f} %, where case and punctuation do not count"))
         rows += [(row["row"], f"expected {row['expected']!r}, got {row['said']!r}") for row in data["wrong"]]
     return _common.columns(rows)

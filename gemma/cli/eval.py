@@ -26,8 +26,9 @@ counts once, with at least context - stride tokens before it (but for the first 
 file stay packed; everything is computed in float32. The model of --against is read as floats: give the unquantized one.
 
 Files of --data are those of gemma finetune. Texts with labels: accuracy, the share whose label is the likeliest of the
-labels. Chats and prompts with completions: exact match, the share of answers, generated greedily, that are the last
-answer of the row.
+labels. The labels are those that the adapter was trained on, where it says so, else those of the file. Chats and prompts
+with completions: exact match, the share of answers, generated greedily, that are the last answer of the row. Behind a
+share stands its 95 % interval (Wilson's).
 
 \b
 Examples:
@@ -48,7 +49,10 @@ Stride = Annotated[
     int | None, typer.Option("--stride", metavar="N", min=1, help="Tokens it moves on by; default: half a window.")
 ]
 Batch = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, help="Windows, or labelled texts, computed together.")
+    int,
+    typer.Option(
+        "--batch", metavar="N", min=1, help="Windows, or labelled texts, computed together; no effect on exact match."
+    ),
 ]
 Data = Annotated[
     list[str] | None,
@@ -63,7 +67,8 @@ Labels = Annotated[
     typer.Option(
         "--label",
         metavar="NAME[=TEXT]",
-        help="A label, and the text of one token that stands for it; may be repeated.",
+        help="A label, and the text of one token that stands for it; may be repeated. Default: those of the adapter, else "
+        "of the data.",
         show_default=False,
     ),
 ]

@@ -183,8 +183,9 @@ on {log["machine"]}, shared with other work. The base is the model named demo: Q
 "Base" is the same model without the adapter: once in the few-shot text that `gemma chat --no-adapter` uses, once in a chat
 template that it was never taught. An accepted answer counts wherever it stands in the answer, as whole words. The prompts
 and accepted answers are `held_out/prompts.jsonl`, written by the same hand as the training data, so the numbers say how
-well the style carries over, not how much the model knows. One thing was chosen by the held-out loss: two epochs, after a
-first run with three, whose last one made it worse (1.32 after two, 1.39 after three).
+well the style carries over, not how much the model knows: none of them was trained on, but 20 of the 60 have the form of
+a training question (the capital of another country, the opposite of another word). One thing was chosen by the held-out
+loss: two epochs, after a first run with three, whose last one made it worse (1.32 after two, 1.39 after three).
 
 ## What it is bad at
 

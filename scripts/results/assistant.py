@@ -62,7 +62,7 @@ def ship(adapter: Path, target: Path) -> None:
         name: dataclasses.replace(low, a=low.a.astype(bfloat16), b=low.b.astype(bfloat16))
         for name, low in file.tensors.items()
     }
-    file = dataclasses.replace(file, tensors=tensors, chat=True, base_model="google/gemma-3-270m")
+    file = dataclasses.replace(file, tensors=tensors, chat=True, base_model=hub.DEMO_REPOSITORY)
     adapters.save_adapter_file(target, file, shape, replace=True)
 
 

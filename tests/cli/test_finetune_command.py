@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from gemma import testing
-from gemma.adapters import open_adapter
+from gemma import chat, testing
+from gemma.adapters import Classification, classification_of, open_adapter, read_classification
 from gemma.cli import __main__ as program
-from gemma.cli import _assistant, _backend
+from gemma.cli import _accuracy, _assistant, _backend
 from gemma.cli import finetune as verb
 from gemma.cli._finetune_display import duration
+from gemma.errors import FormatError
 
 # Of one length: one width of batches, and one program for the step.
 ROWS = [
@@ -63,6 +64,8 @@ def here(tmp_path_factory):
     pair = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
     (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     (folder / "labelled.csv").write_text("text,label\nGood.,P\nBad.,N\nFine.,P\n")
+    (folder / "other.csv").write_text("text,label\nGood.,P\nBad.,Q\n")
+    chats(folder / "long.jsonl", [("What is?", "A cat. " * 40)])
     (folder / "bad.jsonl").write_text((folder / "chats.jsonl").read_text() + '{"messages": 3}\n{"mess\n')
     return folder
 
@@ -94,6 +97,9 @@ def test_what_a_run_leaves(finished, here):
     # So are the merged files, which the base was not.
     assert not _backend.is_tuned(here / "tiny.gguf")
     assert _backend.is_tuned(finished / "merged") and _backend.is_tuned(finished / "model-f32.gguf")
+    # Other programs stop where the configuration says.
+    ends = json.loads((finished / "merged" / "config.json").read_text())["eos_token_id"]
+    assert set(ends) == chat.end_token_ids(_backend.open_model(str(finished / "merged")).tokenizer) and len(ends) == 2
     # The merged files are base plus adapter, in float32 to the last bit.
     from gemma.checkpoint import load_tensors, open_checkpoint
 
@@ -131,6 +137,17 @@ def test_a_run_goes_on_and_is_not_mixed_up(cli, finished, here):
     assert (finished / "adapter").is_dir()
 
 
+def test_samples_of_a_run_on_chats_are_answers(cli, finished, here, monkeypatch):
+    import gemma.gm.train._run as orchestration
+
+    seen, real = [], orchestration.Trainer.fit
+    monkeypatch.setattr(orchestration.Trainer, "fit", lambda self: (seen.extend(self.sample_ids), real(self))[1])
+    done = run_again(cli, here, "--steps", 2, "--export", "none", "--sample", "Hello")
+    assert done.code == 0, done.err
+    tokenizer = _backend.open_model(str(here / "tiny.gguf")).tokenizer
+    assert seen == [chat.encode_chat(tokenizer, [chat.Turn("user", "Hello")]).ids]
+
+
 def test_an_interrupted_run_exports_nothing_and_goes_on(cli, here, finished, monkeypatch):
     """What Ctrl-C does to the loop is the trainer's; here what the command makes of it."""
     import gemma.gm.train._run as orchestration
@@ -166,6 +183,9 @@ BAD = [
     ("{here}/bad.jsonl", "2 of 7 rows cannot be used"),
     ("{here}/chats.jsonl --max-length 8", "chats.jsonl:1: "),
     ("{here}/chats.jsonl --max-length 4096", "max_length: 4096 tokens, but tiny.gguf was made for 128"),
+    ("{here}/chats.jsonl --eval-data {here}/long.jsonl", "long.jsonl:1: "),
+    ("{here}/labelled.csv --method classify --eval-data {here}/other.csv", "label 'Q' is not among the labels"),
+    (f"{{here}}/chats.jsonl --sample Hello --sample {'1234' * 50}", "sample_prompts[1]: "),
     ("{here}/chats.jsonl --method dpo", "dpo learns from rows with a chosen and a rejected answer"),
     ("{here}/pairs.jsonl", "use the method dpo"),
     ("{here}/labelled.csv --method classify --set labels=P", "labels"),
@@ -214,6 +234,16 @@ def test_a_dry_run_says_what_does_not_fit(cli, here, monkeypatch):
     assert done.code == 1 and "activations" in done.out and "may not fit" in done.err
 
 
+def test_the_estimate_counts_the_tower_where_there_are_pictures(cli, here, monkeypatch):
+    import gemma.gm.train._run as orchestration
+
+    seen, read, estimate = [], orchestration._run_model.read, orchestration.estimate_memory
+    monkeypatch.setattr(orchestration._run_model, "read", lambda *a: dataclasses.replace(read(*a), images=True))
+    monkeypatch.setattr(orchestration, "estimate_memory", lambda run, **kw: (seen.append(kw), estimate(run, **kw))[1])
+    line = f"finetune {here}/chats.jsonl -m {here}/tiny.gguf -o {here}/never --dry-run"
+    assert cli(*line.split(), *FITS).code == 0 and seen == [{"images": True}]
+
+
 def test_an_adapter_of_another_model(cli, here, finished, tmp_path):
     testing.write_tiny_gguf(tmp_path / "other.gguf", config(hidden_size=64))
     testing.write_tiny_gguf(tmp_path / "twin.gguf", config(), seed=5)
@@ -245,9 +275,54 @@ def test_exact_match(cli, here, finished):
 def test_accuracy(cli, here):
     done = cli(*f"eval {here}/tiny.gguf --data {here}/labelled.csv --label P --label N --context 64".split())
     assert done.code == 0, done.err
-    assert re.search(r"accuracy +\d+\.\d\d% \+-", done.out) and "'P' would be right at 66.67%" in done.out
+    assert re.search(r"accuracy +\d+\.\d % \(\d+\.\d to \d+\.\d %\), \d of 3", done.out)
+    assert "'P' would be right at 66.7 %" in done.out and "'P', 'N', of --label" in done.out
     wrong = cli(*f"eval {here}/tiny.gguf --data {here}/labelled.csv --metric exact_match".split())
     assert wrong.code == 2 and "--metric: exact_match needs prompts with answers" in wrong.err
+
+
+def test_an_adapter_is_measured_on_its_own_labels(cli, here):
+    line = f"finetune {here}/labelled.csv -m {here}/tiny.gguf -o {here}/told --method classify --steps 1 --rank 1"
+    more = ["--set", "labels=[P=A,N=B]", "--set", "template='{text} ='", "--set", "proof_logits=false"]
+    done = cli(*line.split(), *more, "--batch-size", "4", "--export", "adapter,adapter-gguf", *FITS)
+    assert done.code == 0, done.err
+    for name in ("adapter", "adapter.gguf"):
+        told = open_adapter(here / "told" / name, config()).classification
+        assert told == Classification((("P", "A"), ("N", "B")), "{text} =")
+        assert classification_of(here / "told" / name) == told
+    (here / "one.csv").write_text("text,label\nGood.,N\nBad.,N\n")  # one class: the other is still a rival
+    line = f"eval {here}/tiny.gguf --context 64 --adapter {here}/told/adapter --json --data"
+    done = cli(*line.split(), here / "one.csv")
+    assert done.code == 0, done.err
+    data = json.loads(done.out)
+    assert data["labels"] == {"P": 0, "N": 2} and data["labels_from"] == "the adapter"
+    (here / "other.csv").write_text("text,label\nGood.,P\nBad.,neutral\n")
+    done = cli(*line.split(), here / "other.csv")
+    assert done.code == 2 and "other.csv:3: label 'neutral' is not among the labels ('P', 'N')" in done.err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"labels": {"P": 1, "N": "B"}}', '{"labels": {"P": "A"}}', "[" * 10**5])
+def test_damaged_labels_of_an_adapter(text):
+    with pytest.raises(FormatError, match="adapter: gemmakit.classification: expected JSON"):
+        read_classification({"gemmakit.classification": text}, "adapter")
+
+
+def test_an_interval_of_few_rows():
+    assert _accuracy.wilson(4, 6) == pytest.approx((0.29999, 0.90323), abs=1e-5)
+    low, high = _accuracy.wilson(6, 6)
+    assert low == pytest.approx(0.60966, abs=1e-5) and high == 1
+
+
+def test_questions_longer_than_the_context(cli, here):
+    test = chats(here / "long.jsonl", [ROWS[0], ("W" * 40, "A."), ("W" * 50, "A.")])
+    done = cli(*f"eval {here}/tiny.gguf --data {test} -n 4 --context 32".split())
+    assert done.code == 2 and re.search(
+        r"long.jsonl:2: \d+ tokens, .* room for 32; 2 of 3 rows are too long, the longest has (\d+): "
+        r"raise --context to \1, or leave such rows out",
+        done.err,
+    )
+    done = cli(*f"eval {here}/tiny.gguf --data {test} -n 120 --context 32".split())
+    assert done.code == 2 and "long.jsonl:1: " in done.err and "the model has 128 positions, 120 of them" in done.err
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3723, "1:02:03"), (-1, "0:00")])

@@ -41,6 +41,7 @@ def test_yaml_there_and_back(tmp_path):
 def test_what_makes_two_runs_the_same():
     one = RunConfig(data="x", steps=5)
     assert one.fingerprint() == RunConfig(data="y", steps=9, output="o", export="merged").fingerprint()
+    assert one.fingerprint() == RunConfig(data="x", remat="block", sharding="fsdp").fingerprint()
     assert one.fingerprint() != RunConfig(data="x", rank=4).fingerprint()
     assert one.fingerprint() != RunConfig(data="x", max_length=64).fingerprint()
     known = {*one.to_dict()}

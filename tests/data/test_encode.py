@@ -67,11 +67,11 @@ def test_labels_are_one_token_each():
     assert spelled(raw) == ("<bos>Fine. =1", ["1"])
     assert encode(Labelled("x", "a"), TOK, max_length=99, labels={"a": 40, "b": 41}).ids[-1] == 40
     for labels, why in [
-        (["bad", "good"], "'bad' is 3 tokens"),
+        (["bad", "good"], r"'bad' is 3 tokens .*labels=\{'bad': 'A'.* --set labels=\[NAME=A,...\]"),
         ({"bad": "A", "good": "A"}, "another label"),
-        (["good"], "two or more"),
+        (["good"], r"two or more, got good: .* --set labels=\["),
         ({"a": 1.5, "b": "c"}, "text or the id"),
-        ({"a": "A", "b": "B"}, "'good' is not among the labels"),
+        ({"a": "A", "b": "B"}, r"'good' is not among the labels .*labels=\[.* --set labels=\["),
         ("ab", "expected a list of names"),
     ]:
         with pytest.raises(DataError, match=why):

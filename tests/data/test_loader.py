@@ -343,6 +343,11 @@ def test_data_that_gives_no_batch():
         loader([])
     with pytest.raises(DataError, match=r"examples\[1\]: 10 tokens, but a row holds 9"):
         loader([Text("a"), Text("a" * 8)], max_length=9, truncate="error").report  # noqa: B018
+    many = [Text("a" * n) for n in (8, 1, 20, 9)]
+    with pytest.raises(
+        DataError, match=r"examples\[0\]: 10 tokens, .* 9 \(3 of 4 rows are too long, the longest has 22\): "
+    ):
+        loader(many, max_length=9, truncate="error").report  # noqa: B018
     assert len(Examples.of([Text("a")])) == 1
     seen = []
     endless = iter(loader([Text("a")], epochs=None, progress=lambda *done: seen.append(done)))

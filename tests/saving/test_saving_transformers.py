@@ -102,6 +102,9 @@ def test_files_about_images_and_generation_come_along(tmp_path):
     save(tmp_path / "out", from_arrays(values, wide), wide, format="safetensors", tokenizer=tokenizer)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in own} == own
     assert json.loads((tmp_path / "out/processor_config.json").read_text())["processor_class"] == "Gemma3Processor"
+    turns = dataclasses.replace(wide, eos_token_id=(1, 106, 7))  # what learnt to end turns says so in both files
+    save(tmp_path / "turns", from_arrays(values, turns), turns, format="safetensors", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "turns/generation_config.json").read_text()) == {"eos_token_id": [1, 106, 7]}
     blank = GemmaConfig(8, 8, 8, 1, 1, 1, 8)  # a text model has none of the numbers about images
     text = dataclasses.replace(text_only(wide), **{field: getattr(blank, field) for field in IMAGE_FIELDS})
     tensors = from_arrays({t.name: values[t.name] for t in weights.tensors(text)}, text)

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from train_helpers import LENGTH, Rows, batch, equal
 
-from gemma import gm, peft, testing
+from gemma import chat, gm, peft, testing
 from gemma.errors import ConfigError
 from gemma.gm import train
+from gemma.gm.train import _evaluate
 from gemma.gm.train._state import init_state
 
 
 @functools.cache
 def tiny():
-    return gm.testing.tiny_model("gemma3", hidden_size=16, intermediate_size=24, num_attention_heads=2, head_dim=8)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, head_dim=8, num_hidden_layers=1)
+    return gm.testing.tiny_model("gemma3", layer_pattern="L", **sizes)
 
 
 @functools.cache
@@ -72,6 +74,22 @@ def test_eight_rows_are_learnt_by_heart_from_ln_v_on():
     assert scores["loss"] == pytest.approx(result.history[0]["loss"], rel=1e-4) and scores["accuracy"] < 0.2
 
 
+def test_prompts_of_samples_are_encoded_and_bounded_before_the_first_step():
+    tokenizer = tiny().tokenizer
+    options = dict(tokens=4, limit=tiny().config.max_position_embeddings)
+    turn = chat.encode_chat(tokenizer, [chat.Turn("user", "Hello")]).ids
+    assert _evaluate.encode_prompts(["Hello", [2, 5]], tokenizer, chat=True, **options) == [turn, [2, 5]]
+    assert _evaluate.encode_prompts(["Hello"], tokenizer, **options) == [tokenizer.encode("Hello", add_bos=True)]
+    for bad in ([5] * (options["limit"] - 3), [0], 3.5):
+        with pytest.raises(ConfigError, match=r"sample_prompts\[1\]: "):
+            settings = dict(tokenizer=tokenizer, sample_prompts=["a", bad], sample_tokens=4, steps=1)
+            train.Trainer(train.Supervised(tiny().model), tiny().params, "all", [batch(1)], **settings)
+    # One that just fits is longer than the cache began with once.
+    long = [5] * (options["limit"] - 4)
+    (text,) = _evaluate.sample(tiny().model, tiny().params, tokenizer, [long], tokens=4)
+    assert isinstance(text, str)
+
+
 class Samples(train.Callback):
     pairs = ()
 
@@ -117,7 +135,10 @@ def test_preferences_start_at_their_reference_and_leave_it():
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-5) and first["weight"] == 8
     assert first["margins"] == pytest.approx(0, abs=1e-4)
     assert last["loss"] < first["loss"] and last["accuracies"] == 1.0 and last["margins"] > 0.1
-    # A full run keeps a copy of where it began; reference scores that come with the batch are used as they are.
+
+
+@pytest.mark.slow
+def test_reference_scores_that_come_with_the_batch_are_used_as_they_are():
     given = pairs() | {"reference_logps": np.zeros((4, 2), np.float32)}
     whole = run(train.Preference(tiny().model, beta=0.5), tiny().params, given, "mlp", steps=1)
     hidden = gm.losses.hidden_states(tiny().model, tiny().params, pairs())

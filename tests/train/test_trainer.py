@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from train_helpers import TRAINED, Bigram, Rows, batch, bigram_params, equal
 
-from gemma.errors import ConfigError, DataError, TrainingError
+from gemma.errors import ConfigError, DataError, SaveError, TrainingError
 from gemma.gm import train
 
 ADAMW = train.OptimizerConfig(learning_rate=0.05, warmup_steps=2, weight_decay=0.01)
@@ -102,6 +102,60 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
     assert equal(ended.state, whole.state) and ended.history == whole.history
     with pytest.raises(TrainingError, match="accumulate"):
         trainer(checkpoints=train.Checkpoints(tmp_path / "parts/steps"), ema=0.9).fit()
+
+
+def test_a_full_disk_leaves_the_run_in_memory(tmp_path):
+    store = train.Checkpoints(tmp_path / "steps")
+    written = store.save
+
+    def save(step, *rest, **more):
+        if step == 4:
+            raise SaveError("no space left on the device")
+        written(step, *rest, **more)
+
+    store.save = save
+    run = trainer(checkpoints=store, save_every=2)
+    with pytest.raises(SaveError, match="no space"):
+        run.fit()
+    assert store.latest_valid() == 2
+    rescued = run.rescued()
+    assert int(rescued.state.step) == 4 and rescued.stopped_by == "save_error" and len(losses(rescued)) == 4
+    store.close()
+    again = train.Checkpoints(tmp_path / "steps")  # there is room again: nothing of it shows in the end
+    assert equal(trainer(checkpoints=again).fit().state, trainer().fit().state)
+    with pytest.raises(ConfigError, match="nothing was lost"):
+        trainer().rescued()
+
+
+def test_an_evaluation_that_fails_costs_no_steps(tmp_path):
+    def broken(n, made):
+        raise DataError("row 7 is bad")
+
+    def start(folder, **fields):
+        return trainer(checkpoints=train.Checkpoints(tmp_path / folder), eval_every=3, save_every=100, **fields)
+
+    with pytest.raises(DataError, match="row 7"):
+        start("a", eval_loader=Rows(count=2, epochs=1, change=broken)).fit()
+    assert train.Checkpoints(tmp_path / "a", read_only=True).steps() == [3]
+    resumed, whole = start("a", eval_loader=EVAL).fit(), start("b", eval_loader=EVAL).fit()
+    assert resumed.history == whole.history and equal(resumed.state, whole.state)
+
+
+def test_of_a_run_that_may_stop_early_the_best_step_is_saved(tmp_path):
+    events, early = Events(), train.EarlyStop(patience=9)
+    store = train.Checkpoints(tmp_path / "steps", keep=1, keep_best=("eval_loss", "min"))
+    options = dict(eval_loader=EVAL, eval_every=1, save_every=100, optimizer=train.OptimizerConfig(learning_rate=0.5))
+    result = trainer(steps=6, checkpoints=store, callbacks=[events], early_stop=early, **options).fit()
+    values = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
+    best = min(values, key=values.get)
+    assert best < 6 and store.best() == best and store.steps() == [best, 6]
+    assert events.saves == [n for n in values if values[n] < min([9e9, *(values[m] for m in range(1, n))])] + [6]
+
+
+def test_the_evaluation_at_the_end_is_in_the_checkpoint_of_the_end(tmp_path):
+    store = train.Checkpoints(tmp_path / "steps", keep_best=("eval_loss", "min"))
+    trainer(steps=4, checkpoints=store, eval_loader=EVAL, eval_every=3, save_every=2).fit()
+    assert "eval_loss" in store.about(4)["metrics"]
 
 
 def test_a_signal_ends_the_run_after_a_checkpoint(tmp_path):

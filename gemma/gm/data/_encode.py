@@ -74,10 +74,12 @@ class EncodedExample:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """An example that is not used. `why`: "long" or "no labels"; `tokens`: that it has."""
+    """An example that is not used. `why`: "long" or "no labels"; `tokens`: that it has; `positions`: see
+    `EncodedExample`."""
 
     why: str
     tokens: int
+    positions: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,18 +118,15 @@ class Encoder:
         if len(encoded) <= self.max_length:
             pieces = [encoded]
         elif policy == "error":
-            raise DataError(
-                f"{len(encoded)} tokens, but a row holds {self.max_length}: raise max_length, or set truncate (on "
-                f"the command line --truncate) to drop, right, left, turns (conversations) or split (plain text)"
-            )
+            raise DataError(too_long(len(encoded), self.max_length))
         elif policy == "drop":
-            return Dropped("long", encoded.tokens)
+            return Dropped("long", encoded.tokens, len(encoded))
         elif policy == "split":
             pieces = self._split(encoded)
         else:
             shorter = self._turns(example, encoded) if policy == "turns" else self._shorter(encoded, policy)
             if shorter is None:
-                return Dropped("long", encoded.tokens)
+                return Dropped("long", encoded.tokens, len(encoded))
             pieces = [shorter]
         if not all(piece.label_tokens and _has_labels(piece.rejected) for piece in pieces):
             return Dropped("no labels", encoded.tokens)
@@ -186,7 +185,7 @@ class Encoder:
     def labelled(self, example: Labelled) -> EncodedExample:
         if not self.labels or example.label not in self.labels:
             known = ", ".join(map(repr, self.labels or ())) or "none"
-            raise DataError(f"label {example.label!r:.80} is not among the labels ({known}): pass labels=")
+            raise DataError(f"label {example.label!r:.80} is not among the labels ({known}): {_NAME_IT}")
         asked = (self.template or "{text}").replace("{text}", example.text)
         if self.template is None:
             ids = self._chat([Turn("user", asked)], 0, add_generation_prompt=True).ids
@@ -276,6 +275,20 @@ _ENCODERS = {
     Rated: Encoder.rated,
     Labelled: Encoder.labelled,
 }
+
+
+_NAME_IT = (
+    "name it in labels=[...] (on the command line --set labels=[...], of gemma eval --label), or leave such rows out"
+)
+
+
+def too_long(positions: int, max_length: int, others: str = "") -> str:
+    """Of an example that is to be refused; `others`: how many more are too long."""
+    return (
+        f"{positions} tokens, but a row holds {max_length}{others}: raise max_length (on the command line --max-length, "
+        f"of gemma eval --context), or set truncate (on the command line of gemma finetune --truncate) to drop, right, "
+        f"left, turns (conversations) or split (plain text)"
+    )
 
 
 def _ids(ids: Sequence[int]) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma.errors import DataError, GemmaError
-from gemma.gm.data._encode import Dropped, EncodedExample, Encoder
+from gemma.gm.data._encode import Dropped, EncodedExample, Encoder, too_long
 from gemma.gm.data._examples import Examples
 
 _OVERHEAD = 400  # bytes of an EncodedExample besides its arrays' contents
@@ -55,6 +55,10 @@ class Items:
         cache_bytes: int,
         progress: Callable[[int, int], None] | None = None,
     ):
+        # All rows that are too long are refused at once, after the pass: one by one they would cost a run each.
+        self._refuses = encoder.truncate == "error"
+        self._long: list[tuple[int, int]] = []  # (example, positions)
+        encoder = dataclasses.replace(encoder, truncate="drop") if self._refuses else encoder
         self._examples, self._encoder, self._budget = examples, encoder, cache_bytes
         self._cache: dict[int, EncodedExample] = {}
         self._of, self._piece, lengths, tokens = array("q"), array("l"), array("l"), array("l")
@@ -71,6 +75,8 @@ class Items:
                 self.max_images = max(self.max_images, len(item.images))
             if progress is not None and ((index + 1) % 1000 == 0 or index + 1 == len(examples)):
                 progress(index + 1, len(examples))
+        if self._long:
+            self._refuse()
         self.digest = digest.hexdigest()
         self.lengths, self.tokens = np.array(lengths, np.int32), np.array(tokens, np.int32)
 
@@ -85,6 +91,12 @@ class Items:
         if isinstance(found, Dropped) or len(found[self._piece[item]]) != self.lengths[item]:
             raise DataError(f"{self.where(item)}: the example is another than before: the file has changed")
         return found[self._piece[item]]
+
+    def _refuse(self) -> None:
+        (first, positions), longest = self._long[0], max(positions for _, positions in self._long)
+        rows = f"{len(self._long)} of {len(self._examples)} rows"
+        others = f" ({rows} are too long, the longest has {longest})" if len(self._long) > 1 else ""
+        raise DataError(f"{self._examples.where(first)}: {too_long(positions, self._encoder.max_length, others)}")
 
     def where(self, item: int) -> str:
         return self._examples.where(self._of[item])
@@ -101,6 +113,8 @@ class Items:
         found, counts = self._encoded(index), self.counts
         if isinstance(found, Dropped):
             counts.dropped_long += found.why == "long"
+            if self._refuses and found.why == "long":
+                self._long.append((index, found.positions))
             counts.no_labels += found.why == "no labels"
             counts.tokens_lost += found.tokens
             return []

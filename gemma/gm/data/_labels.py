@@ -20,7 +20,10 @@ def label_tokens(tokenizer: Any, labels: Mapping[str, str | int] | Sequence[str]
         raise DataError(f"labels: expected a list of names, or names with the text of each, got {labels!r:.80}")
     texts = {str(k): v for k, v in labels.items()} if isinstance(labels, Mapping) else {str(k): str(k) for k in labels}
     if len(texts) < 2:
-        raise DataError(f"labels: expected two or more, got {', '.join(texts) or 'none'}")
+        raise DataError(
+            f"labels: expected two or more, got {', '.join(texts) or 'none'}: name all of them (labels=[...]; on the "
+            f"command line --set labels=[...], of gemma eval --label), or use data that holds more"
+        )
     found: dict[str, int] = {}
     for name, text in texts.items():
         if isinstance(text, str):
@@ -32,8 +35,9 @@ def label_tokens(tokenizer: Any, labels: Mapping[str, str | int] | Sequence[str]
         if len(ids) != 1:
             pieces = [tokenizer.piece(i) for i in ids]
             raise DataError(
-                f"labels[{name!r:.80}]: {text!r:.80} is {len(ids)} tokens ({pieces!r:.200}), but a label is one: pass "
-                f"labels={{{name!r:.80}: 'A', ...}} with a text of one token for each"
+                f"labels[{name!r:.80}]: {text!r:.80} is {len(ids)} tokens ({pieces!r:.200}), but a label is one: "
+                f"give each label a text of one token (labels={{{name!r:.80}: 'A', ...}}; on the command line --set "
+                f"labels=[NAME=A,...], of gemma eval --label NAME=A)"
             )
         if ids[0] in found.values():
             raise DataError(f"labels[{name!r:.80}]: another label has the token of {text!r:.80}")

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma.errors import ConfigError, DataError
+from gemma.errors import ConfigError, DataError, PromptError, TokenizerError
 from gemma.gm.train._objectives import Objective
 from gemma.gm.train._state import cast, merge_trainable
 from gemma.gm.typing import Params
 
 Sums = Callable[[Any, Any, Mapping[str, Any]], Any]
+SAMPLE_TOKENS = 32  # of a continuation, where nothing else is said
 
 
 def make_sums(objective: Objective, compute_dtype: Any = None) -> Sums:
@@ -92,13 +93,52 @@ def first(loader: Any, batches: int | None) -> Iterable[Mapping[str, Any]]:
     return itertools.islice(iter(loader), batches)
 
 
+def encode_prompts(
+    prompts: Sequence[Any], tokenizer: Any, *, tokens: int, limit: int, chat: bool = False
+) -> list[list[int]]:
+    """The ids of the prompts to sample from, so that a bad one is found before the first step and not after hours.
+
+    Args:
+      prompts: texts, ids or turns, see `gm.text.Sampler`.
+      tokenizer: of the model.
+      tokens: that are to follow each.
+      limit: tokens that the model was made for.
+      chat: a text is what a user says in the model's chat template; otherwise it is taken as it stands.
+
+    Raises:
+      ConfigError: (a ValueError) one cannot be encoded, has no place in the context, or asks for a picture.
+    """
+    from gemma.chat import Turn
+    from gemma.gm.text import _prompts
+
+    rows = []
+    for i, prompt in enumerate(prompts):
+        try:
+            (item,) = _prompts.parse([[Turn("user", prompt)] if chat and isinstance(prompt, str) else prompt]).items
+            ids = _prompts.encode(item, tokenizer, held=(), images=0)
+        except (PromptError, TokenizerError) as error:
+            raise ConfigError(f"sample_prompts[{i}]: {error}") from error
+        if len(ids) + tokens > limit:
+            raise ConfigError(
+                f"sample_prompts[{i}]: {len(ids)} tokens and {tokens} that follow, but the model was made for {limit}: "
+                f"shorten the prompt"
+            )
+        if 0 in ids or tokenizer.special.start_of_image in ids:
+            raise ConfigError(
+                f"sample_prompts[{i}]: expected text without padding and image markers, got {prompt!r:.80}"
+            )
+        rows.append(ids)
+    return rows
+
+
 def sample(
-    model: Any, params: Params, tokenizer: Any, prompts: Sequence[Any], *, tokens: int, mesh: Any = None
-) -> list[tuple[Any, str]]:
-    """Greedy continuations of prompts (texts, ids or turns, see `gm.text.Sampler`), at most `tokens` each."""
+    model: Any, params: Params, tokenizer: Any, prompts: Sequence[Sequence[int]], *, tokens: int, mesh: Any = None
+) -> list[str]:
+    """Greedy continuations of `encode_prompts`' rows, at most `tokens` each; an answer in a chat ends with its turn."""
+    from gemma.fit import cache_bucket
     from gemma.gm import sharding, text
 
-    sampler = text.Sampler(model=model, params=params, tokenizer=tokenizer, cache_length=256)
+    room = cache_bucket(max(map(len, prompts)) + tokens, model.config.source.max_position_embeddings)
+    sampler = text.Sampler(model=model, params=params, tokenizer=tokenizer, cache_length=room)
     where = None if mesh is None else sharding.replicated(mesh)
-    answers = sampler.sample(list(prompts), max_new_tokens=tokens, sharding=where)
-    return list(zip(prompts, answers, strict=True))
+    return sampler.sample([list(ids) for ids in prompts], max_new_tokens=tokens, sharding=where)

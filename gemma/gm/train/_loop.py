@@ -18,7 +18,8 @@ import jax
 import numpy as np
 import optax
 
-from gemma.errors import ConfigError
+from gemma.errors import ConfigError, SaveError
+from gemma.gm.train import _evaluate
 from gemma.gm.train._checkpoints import Checkpoints
 from gemma.gm.train._distributed import Placement
 from gemma.gm.train._feed import Feed
@@ -58,10 +59,12 @@ class Trainer:
       eval_first: evaluate before the first step, too.
       early_stop: when to end before `steps`.
       sample_prompts: are continued at each evaluation: texts, ids, or conversations (`gm.text.Sampler`).
+      sample_chat: the texts among them are what a user says: the model answers in its chat template.
       sample_tokens: of each continuation at most.
       tokenizer: for the samples.
       checkpoints: where the run is saved, and resumed from. None: nothing is saved.
-      save_every: steps between checkpoints; None: at each evaluation. One is always written at the end.
+      save_every: steps between checkpoints; None: at each evaluation. One is always written at the end; with
+        `early_stop` at each evaluation that is the best so far, too.
       loggers: `Csv`, `TensorBoard`, `Png`, ...
       callbacks: are told everything, see `Callback`.
       sharding: a strategy of `gm.sharding`: parameters are placed by it, the optimizer's state beside them, and batches
@@ -92,7 +95,8 @@ class Trainer:
         eval_first: bool = False,
         early_stop: EarlyStop | None = None,
         sample_prompts: Sequence[Any] = (),
-        sample_tokens: int = 32,
+        sample_chat: bool = False,
+        sample_tokens: int = _evaluate.SAMPLE_TOKENS,
         tokenizer: Any = None,
         checkpoints: Checkpoints | None = None,
         save_every: int | None = None,
@@ -111,12 +115,22 @@ class Trainer:
         self.eval_loader, self.eval_every, self.eval_batches = eval_loader, eval_every, eval_batches
         self.eval_first, self.early_stop, self.max_skipped = eval_first, early_stop, max_skipped
         self.sample_prompts, self.sample_tokens, self.tokenizer = tuple(sample_prompts), sample_tokens, tokenizer
+        self.sample_ids = self._encoded(sample_chat)
         self.checkpoints, self.save_every = checkpoints, save_every or eval_every
         self.loggers, self.callbacks = tuple(loggers), tuple(callbacks)
         self.ema, self.master_dtype = ema, master_dtype
         self._split = split_trainable(params, trainable)
         self.dtypes = dtypes_of(self._split.trainable)
         self.schedule, self.optimizer = _rule(optimizer, self.steps)
+        self._rescued: Result | None = None
+
+    def _encoded(self, chat: bool) -> list[list[int]]:
+        """The prompts of the samples as ids, now that nothing is lost if they cannot be."""
+        if not self.sample_prompts:
+            return []
+        limit = self.objective.model.config.source.max_position_embeddings
+        options = dict(tokens=self.sample_tokens, limit=limit, chat=chat)
+        return _evaluate.encode_prompts(self.sample_prompts, self.tokenizer, **options)
 
     @property
     def compute_dtype(self) -> Any:
@@ -133,7 +147,7 @@ class Trainer:
 
         Raises:
           TrainingError: too many steps without a finite loss and gradient; or the saved run does not fit this one.
-          SaveError: a checkpoint could not be written; the run in memory is lost, what was saved before is not.
+          SaveError: a checkpoint could not be written. What was saved before is whole, and `rescued` has the rest.
           ConfigError: (a ValueError) it was called before: the parameters are spent.
         """
         if self._split is None:
@@ -166,7 +180,21 @@ class Trainer:
         where = {} if shardings is None else dict(out_shardings=shardings)
         session.begin(like, lambda: jax.jit(make, **where)(start))
         del start
-        return session.run()
+        try:
+            return session.run()
+        except SaveError:
+            self._rescued = session.result("save_error")
+            raise
+
+    def rescued(self) -> Result:
+        """What `fit` had in memory when a checkpoint could not be written: to be saved elsewhere.
+
+        Raises:
+          ConfigError: (a ValueError) `fit` did not end with a SaveError.
+        """
+        if self._rescued is None:
+            raise ConfigError("Trainer.rescued: nothing was lost; it is for a `fit` that ended with a SaveError")
+        return self._rescued
 
     def _placed(self, tree: Any) -> Any:
         if self.placement is None:

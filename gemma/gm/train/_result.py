@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ class Result:
       params: the whole tree, adapters included, each leaf in the dtype that it came in; with an EMA, its average in
         place of the trained leaves.
       history: a dictionary of floats for each step and each evaluation, in order, each with its "step".
-      stopped_by: "steps", "data" (the loader ended), "early_stop", "signal" (SIGTERM or Ctrl-C), or "callback".
+      stopped_by: "steps", "data" (the loader ended), "early_stop", "signal" (SIGTERM or Ctrl-C),
+        "callback", or "save_error" (of `Trainer.rescued`).
     """
 
     state: State
@@ -55,6 +57,12 @@ class EarlyStop:
                 better = sign * row[self.metric] < best - self.min_delta
                 best, waited = (sign * row[self.metric], 0) if better else (best, waited + 1)
         return waited >= self.patience
+
+    def is_best(self, history: Sequence[Mapping[str, float]]) -> bool:
+        """Whether the last evaluation is better than all before it, by however little."""
+        sign = 1.0 if self.mode == "min" else -1.0
+        values = [sign * row[self.metric] for row in history if self.metric in row]
+        return bool(values) and math.isfinite(values[-1]) and not any(value <= values[-1] for value in values[:-1])
 
 
 class Callback:

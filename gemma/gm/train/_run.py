@@ -122,7 +122,8 @@ def _train(run: RunConfig, base: Any, data: Any, steps: int, folder: Path, tell:
             data.training,
             **_trainer_options(run, base, data, steps, folder, store, tell),
         )
-        network = dataclasses.replace(network, params=None)  # the trainer has them now
+        # The trainer has the parameters now.
+        network = dataclasses.replace(network, params=None, classification=data.classification)
         training = trainer.fit()
         return network, _chosen(run, store, training), training
 
@@ -183,6 +184,7 @@ def _trainer_options(run: RunConfig, base: Any, data: Any, steps: int, folder: P
         eval_every=run.eval_every if data.evaluation is not None or run.sample_prompts else None,
         early_stop=None if run.early_stop is None else EarlyStop(run.early_stop),
         sample_prompts=run.sample_prompts,
+        sample_chat=data.chat,
         tokenizer=base.tokenizer,
         checkpoints=store,
         save_every=run.save_every,

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma import adapters, peft, saving, weights
+from gemma import adapters, hub, peft, saving, weights
 from gemma import config as configs
 from gemma._atomic import publish
 from gemma._chat_jinja import jinja
 from gemma._tokenizer_write import chat_template
-from gemma.chat import format_for
+from gemma.chat import end_token_ids, format_for
 from gemma.checkpoint import TokenizerSource, load_tensors
 from gemma.errors import SaveError
 from gemma.finetuning import RunConfig
@@ -93,8 +93,10 @@ def export(
         answers = functools.lru_cache(maxsize=1)(functools.partial(_answers, network.model, params))
     file = None
     if run.tuned != "full":
-        file = peft.adapter_file(params, network.model, base_model=run.model)
-        file = dataclasses.replace(file, chat=network.chat)
+        file = peft.adapter_file(
+            params, network.model, base_model=hub.DEMO_REPOSITORY if run.model == hub.DEMO else run.model
+        )
+        file = dataclasses.replace(file, chat=network.chat, classification=network.classification)
     for kind in run.export:
         if kind.startswith("adapter"):
             yield _adapter(kind, file, base, folder)
@@ -103,6 +105,9 @@ def export(
         source = checkpoint.tokenizer_source()
         if network.chat and chat_template(source) is None:  # a pretrained base has none; what it became speaks in turns
             source = dataclasses.replace(source, template=jinja(format_for(base.tokenizer)))
+        if network.chat:  # other programs stop where the configuration says so, and nowhere else
+            ends = tuple(sorted(end_token_ids(base.tokenizer, base.config)))
+            base = dataclasses.replace(base, config=dataclasses.replace(base.config, eos_token_id=ends))
         for kind in run.export:
             for name, format, options in _files(run, kind):
                 options["tokenizer"] = source
@@ -140,6 +145,8 @@ def _adapter(kind: str, file: adapters.AdapterFile, base: Base, folder: Path) ->
         wrong += [name for name, low in file.tensors.items() if name in found.tensors and not _same(low, found, name)]
         if found.chat != file.chat:
             wrong.append("the mark of a chat")
+        if found.classification != file.classification:
+            wrong.append("the labels")
         if wrong:
             raise _not_proven(target, [f"{name}: is not what was trained" for name in wrong])
         size = _size(staged)

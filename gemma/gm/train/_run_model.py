@@ -18,6 +18,7 @@ from gemma import config as configs
 from gemma.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedError, WeightsMismatch
 from gemma.finetuning import RunConfig
 from gemma.gm import ckpts, data, nn, sharding
+from gemma.gm.train import _evaluate
 from gemma.gm.typing import Params
 from gemma.tokenizer import Tokenizer
 
@@ -46,22 +47,25 @@ class Data:
       evaluation: None where nothing is held out.
       images: the batches hold pictures.
       chat: the examples are turns in the model's chat template.
+      classification: the labels to tell apart; None where there are none.
     """
 
     training: data.Loader
     evaluation: data.Loader | None
     images: bool
     chat: bool
+    classification: adapters.Classification | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network with all parameters, which of them are trained (`gm.train.Trainer`'s argument), and whether on turns."""
+    """A network with all parameters, which of them are trained (`gm.train.Trainer`'s argument), and on what."""
 
     model: Any
     params: Params
     trainable: Any
     chat: bool = False
+    classification: adapters.Classification | None = None
 
 
 def look(run: RunConfig) -> Base:
@@ -101,10 +105,11 @@ def _check_adapter(adapter: str, path: Path, config: configs.GemmaConfig) -> Non
 
 
 def read(run: RunConfig, base: Base) -> Data:
-    """The examples of a run, read and encoded once.
+    """The examples of a run, read and encoded once: those held out too, and the prompts of its samples.
 
     Raises:
-      DataError: they cannot be used, or are not of the kind that the method learns from.
+      DataError: they cannot be used. ConfigError: they are not of the kind that the method learns from, or a prompt is
+        too long.
     """
     options = dict(format=run.format, sample_by=run.sample_by, skip_bad=run.skip_bad, **dict(run.columns))
     examples = data.read_examples(run.data, limit=run.limit, **options)
@@ -141,8 +146,16 @@ def read(run: RunConfig, base: Base) -> Data:
     if held is not None:
         own = dict(shuffle=False, epochs=1, buckets=training.buckets, shard=shard)
         evaluation = data.Loader(held, base.tokenizer, packing=run.packing, **own, **shared)
-    images = size is not None and "images" in next(iter(training))
-    return Data(training, evaluation, images, _is_chat(run, examples))
+        evaluation.report  # noqa: B018 - goes through the rows: a bad one is found now, not after the training
+    loaders = [training] if evaluation is None else [training, evaluation]
+    images = size is not None and any("images" in next(iter(loader)) for loader in loaders)
+    told = None
+    if run.objective == "classification":  # words, not ids: they are what a later evaluation takes
+        told = adapters.Classification(run.labels or tuple((name, name) for name in training.labels), run.template)
+    chat, limit = _is_chat(run, examples), base.config.max_position_embeddings
+    options = dict(tokens=_evaluate.SAMPLE_TOKENS, limit=limit, chat=chat)
+    _evaluate.encode_prompts(run.sample_prompts, base.tokenizer, **options)
+    return Data(training, evaluation, images, chat, told)
 
 
 def _is_chat(run: RunConfig, examples: data.Examples) -> bool:

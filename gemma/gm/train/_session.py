@@ -90,8 +90,10 @@ class Session:
         trainer = self.trainer
         try:
             with StopSignals() as signals:
-                if trainer.eval_first and self.step == 0:
+                # After step 0: the run was resumed where an evaluation had failed, or was not wanted then.
+                if trainer.eval_first if self.step == 0 else self._is_due(trainer.eval_every):
                     self._evaluate()
+                    self._save_evaluated()
                 reason = self._stop_reason(signals)
                 while reason is None:
                     reason = "data" if not self._one() else self._stop_reason(signals)
@@ -102,10 +104,14 @@ class Session:
         finally:
             for logger in self._loggers:
                 logger.close()
-        result = Result(self.state, trainer.whole(self.state, self._frozen), self.history, reason)
+        result = self.result(reason)
         for callback in trainer.callbacks:
             callback.on_end(result)
         return result
+
+    def result(self, reason: str) -> Result:
+        """What there is now."""
+        return Result(self.state, self.trainer.whole(self.state, self._frozen), self.history, reason)
 
     def _stop_reason(self, signals: StopSignals) -> str | None:
         trainer = self.trainer
@@ -141,12 +147,17 @@ class Session:
         self.state, metrics = self._advance(self.state, self._frozen, batch)
         self.step += 1
         self._flush()
-        self._pending = (self.step, metrics, count_tokens(host) * process()[1])
-        if trainer.eval_every and self.step % trainer.eval_every == 0:
+        # Of all processes: the history has to be the same for each of them, or fewer could not resume it.
+        self._pending = (self.step, metrics, sum(gather_objects(count_tokens(host))))
+        if self._is_due(trainer.eval_every):
             self._evaluate()
-        if trainer.save_every and self.step % trainer.save_every == 0:
+        if self._is_due(trainer.save_every):
             self._save()
+        self._save_evaluated()
         return True
+
+    def _is_due(self, every: int | None) -> bool:
+        return bool(every) and self.step % every == 0
 
     def _flush(self) -> None:
         """Reports the step whose numbers are outstanding."""
@@ -179,16 +190,28 @@ class Session:
     # ---- evaluation and checkpoints ----------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Scores and samples, once per step, and tells them."""
+        """Scores and samples, once per step, and tells them. What goes wrong there does not cost the steps before it."""
         trainer = self.trainer
-        self._flush()
+        self._flush()  # a run that diverges ends here, and is not saved
         if self._evaluated == self.step or (trainer.eval_loader is None and not trainer.sample_prompts):
             return
-        self._evaluated = self.step
+        try:
+            self._report()
+        except Exception:
+            # Not where there are several processes: saving waits for all of them, and the others may not be here.
+            if self.step and process()[1] == 1:
+                self._save()
+            raise
+        self._meter.resume()
+
+    def _report(self) -> None:
+        trainer = self.trainer
         if trainer.eval_loader is not None:
             before = self._meter.seconds
             row = {"step": self.step, **self._scores()}
             self.history.append(row)
+            # From here on the step counts as evaluated, and a checkpoint of it that was written before lacks this row.
+            self._evaluated, self._saved = self.step, -1
             seconds = {"eval_seconds": self._meter.seconds - before}
             for logger in self._loggers:
                 logger.write(self.step, row | seconds)
@@ -196,7 +219,13 @@ class Session:
                 self._wanted |= bool(callback.on_eval({**row, **seconds}))
         if trainer.sample_prompts:
             self._sample()
-        self._meter.resume()
+        self._evaluated = self.step
+
+    def _save_evaluated(self) -> None:
+        """Of a run that may stop early, each step that evaluated best so far: the best one is what is exported."""
+        early = self.trainer.early_stop
+        if early is not None and self._evaluated == self.step and early.is_best(self.history):
+            self._save()
 
     def _scores(self) -> dict[str, float]:
         trainer, state = self.trainer, self.state
@@ -210,14 +239,15 @@ class Session:
     def _sample(self) -> None:
         trainer = self.trainer
         params = trainer.whole(self.state, self._frozen)
-        pairs = _evaluate.sample(
+        texts = _evaluate.sample(
             trainer.objective.model,
             params,
             trainer.tokenizer,
-            trainer.sample_prompts,
+            trainer.sample_ids,
             tokens=trainer.sample_tokens,
             mesh=None if trainer.placement is None else trainer.placement.mesh,
         )
+        pairs = list(zip(trainer.sample_prompts, texts, strict=True))
         for logger in self._loggers:
             logger.samples(self.step, pairs)
         for callback in trainer.callbacks:
