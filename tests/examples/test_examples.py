@@ -119,7 +119,7 @@ def test_search(capsys):
     assert "each text is nearest to itself: True" in said
 
 
-# Guides that train compile a step each, 5 to 15 seconds: tests/train, tests/losses and tests/cli hold the same parts.
+# Guides that train compile a step each, 5 to 15 seconds: one in the default run, whose parts the others share.
 
 
 @pytest.mark.slow
@@ -130,7 +130,6 @@ def test_lora_is_trained(capsys):
     assert "14 adapted matrices" in said
 
 
-@pytest.mark.slow
 def test_seq2seq(capsys):
     guide("seq2seq").main(["--steps", "12"])
     said = capsys.readouterr().out

@@ -35,6 +35,7 @@ IN_A_STEP = (
     "activations, kept",
     "activations of one layer",
     "logits of a chunk",
+    "logits, gradients of the table",
     "weights in other orders",
 )
 
@@ -86,13 +87,19 @@ def test_the_estimate_is_what_the_compiler_assigns(fields):
         ("gemma3_270m", dict(), 2401e6),
         ("gemma3_270m", dict(remat="dots"), 838e6),
         ("gemma3_270m", dict(remat="block"), 413e6),
+        ("gemma3_270m", dict(method="full", layers=2), 2127e6),
+        ("gemma3_270m", dict(method="full", layers=2, remat="dots"), 2127e6),
+        ("gemma2_2b", dict(layers=3, batch_size=1), 1220e6),
     ],
 )
 def test_the_estimate_is_what_was_assigned_to_real_sizes(preset, fields, assigned):
-    """`compile().memory_analysis()` of a step of LoRA in float32, 4 x 256 tokens, on a CPU."""
+    """`compile().memory_analysis()` of a step in float32, 256 tokens per row, on a CPU."""
     if jax.default_backend() != "cpu":
         pytest.skip("numbers of the compiler for CPUs")
-    items = of_preset(preset, **fields)
+    layers = fields.pop("layers", None)
+    config = configs.text_only(configs.preset(preset))
+    config = config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
+    items = _memory.count_items(run(**fields), config, 0)
     assert in_a_step(items) + items["gradients"] == pytest.approx(assigned, rel=0.1)
 
 
@@ -106,7 +113,7 @@ def test_items_follow_from_the_settings():
         == 2 * full["weights, trained, in float32"]
         == 8 * numbers
     )
-    assert full["logits of a chunk"] > 10 * lora["logits of a chunk"]
+    assert full["logits, gradients of the table"] > 10 * lora["logits of a chunk"]
     assert of_preset("gemma3_270m", accumulate=2)["gradients"] == 2 * lora["gradients"]
     assert of_preset("gemma3_270m", ema=0.9)["moving average"] == lora["adapter, in float32"]
     assert of_preset("gemma3_270m", rank=32)["adapter, in float32"] == 2 * lora["adapter, in float32"]

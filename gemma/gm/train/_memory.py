@@ -162,16 +162,19 @@ def _step_items(run: RunConfig, config: configs.GemmaConfig, width: int, copies:
     kept = tokens * config.hidden_size * width
     if run.remat == "dots":
         kept += int(0.9 * tokens * _product_values(config) * width)
-    chunk = min(default_chunk(), tokens)
+    items = {"activations": layers * one}
+    if run.remat != "none":
+        items = {"activations, kept": layers * kept, "activations of one layer": int(_AGAIN[run.remat] * one)}
+    chunk, table = min(default_chunk(), tokens), 4 * config.table_rows * config.hidden_size
     if full:
-        # The logits of a chunk, and a gradient of the table from the head and one from the embedding.
-        head = 4 * chunk * config.vocab_size + 4 * config.vocab_size * config.hidden_size
+        # With all activations: a chunk's logits and the head's gradient of the table. Without them: that, the embedding's
+        # gradient of it, and their sum, which counts as a gradient.
+        name, head = "logits, gradients of the table", 4 * chunk * config.vocab_size + table
+        head = max(head, 2 * table - sum(items.values()))
     else:
+        name = "logits of a chunk"
         head = 3 * 4 * chunk * (min(_BLOCK, config.vocab_size) if cpu else config.vocab_size)
-    items = {"logits of a chunk": head, "weights in other orders": layers * _reordered(config) * width if cpu else 0}
-    if run.remat == "none":
-        return {"activations": layers * one, **items}
-    return {"activations, kept": layers * kept, "activations of one layer": int(_AGAIN[run.remat] * one), **items}
+    return {**items, name: head, "weights in other orders": layers * _reordered(config) * width if cpu else 0}
 
 
 # Factors of the following: values of the buffers that XLA assigns on a CPU to Gemma 2 2B, Gemma 3 270M and 1B, fitted.
