@@ -2,7 +2,7 @@
 """Quantization-aware training: the model learns on the very numbers of the 4-bit file that is shipped.
 
     python examples/qat.py                          a tiny random model: everything runs in seconds
-    python examples/qat.py --model demo --steps 20  the real Gemma 3 270M (all weights are trained: 5 GB of memory)
+    python examples/qat.py --model demo --steps 20  the real Gemma 3 270M (all weights are trained: 7.4 GB of memory)
     python examples/qat.py --type int8              another grid: q4_0, int4, int8, sfp8
 
 This is the whole run in one call, as `gemma finetune notes.txt --method qat --quantize q4_0` makes it; `seq2seq.py` shows

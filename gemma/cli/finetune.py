@@ -223,8 +223,18 @@ def page(result: Any) -> str:
     text = _common.columns(rows)
     adapter = next((e.path for e in result.exports if e.kind == "adapter"), None)
     gguf = next((e.path for e in result.exports if e.path.suffix == ".gguf" and e.kind != "adapter-gguf"), None)
+    return text + _how_to_use(result.config.model, adapter, gguf)
+
+
+def _how_to_use(model: str, adapter: Path | None, gguf: Path | None) -> str:
+    """The command that tries out what was trained: a conversation where it learnt from turns."""
+    from gemma.adapters import is_chat
+    from gemma.cli import _backend
+
     if adapter is not None:
-        text += f'\n  gemma generate "..." --model {result.config.model} --adapter {adapter}\n'
-    elif gguf is not None:
-        text += f'\n  gemma generate "..." --model {gguf}\n'
-    return text
+        verb = "chat" if is_chat(adapter) else 'generate "..."'
+        return f"\n  gemma {verb} --model {model} --adapter {adapter}\n"
+    if gguf is not None:
+        verb = "chat" if _backend.is_tuned(gguf) else 'generate "..."'
+        return f"\n  gemma {verb} --model {gguf}\n"
+    return ""

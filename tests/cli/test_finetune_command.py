@@ -97,6 +97,12 @@ def test_what_a_run_leaves(finished, here):
     # So are the merged files, which the base was not.
     assert not _backend.is_tuned(here / "tiny.gguf")
     assert _backend.is_tuned(finished / "merged") and _backend.is_tuned(finished / "model-f32.gguf")
+    # The command that is printed at the end is the one that fits.
+    assert (
+        verb._how_to_use("m", finished / "adapter", None) == f"\n  gemma chat --model m --adapter {finished}/adapter\n"
+    )
+    assert "gemma chat --model" in verb._how_to_use("m", None, finished / "model-f32.gguf")
+    assert 'gemma generate "..." --model' in verb._how_to_use("m", None, here / "tiny.gguf")
     # Other programs stop where the configuration says.
     ends = json.loads((finished / "merged" / "config.json").read_text())["eos_token_id"]
     assert set(ends) == chat.end_token_ids(_backend.open_model(str(finished / "merged")).tokenizer) and len(ends) == 2

@@ -87,10 +87,6 @@ def test_a_block_of_the_page_is_replaced_alone(tmp_path):
         _runs.write_block("three", "z", page)
 
 
-needs_asset = pytest.mark.skipif(not ASSET.is_dir(), reason="the assistant is not in this checkout")
-
-
-@needs_asset
 def test_what_ships_fits_the_demo_model_and_is_small():
     config = PRESETS["gemma3_270m"]
     file = adapters.open_adapter(ASSET, config)
@@ -102,7 +98,6 @@ def test_what_ships_fits_the_demo_model_and_is_small():
     assert sum(path.stat().st_size for path in ASSET.iterdir()) < 6e6
 
 
-@needs_asset
 def test_the_card_says_what_it_must_and_shows_twenty_samples():
     card = (ASSET / "README.md").read_text(encoding="utf-8")
     plain = " ".join(card.split())
